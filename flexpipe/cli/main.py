@@ -1,0 +1,94 @@
+"""The command `flexpipe` and how it ends.
+
+Every way out is decided here: an error of the user's making is one text on stderr and its exit
+code, Ctrl-C is one line and 130, a closed pipe is silent and 141. Only a bug shows a traceback,
+unless `--debug` or FLEXPIPE_DEBUG asks for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import click
+
+from flexpipe import __version__
+from flexpipe.cli.demo import demo
+from flexpipe.cli.run import run
+from flexpipe.errors import FlexpipeError
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+PIPE_CLOSED = 141  # 128 + SIGPIPE
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="FLEXPIPE_DEBUG=1 is the same as --debug.",
+)
+@click.version_option(__version__, prog_name="flexpipe")
+@click.option("--debug", is_flag=True, help="Show the traceback of every error.")
+def cli(debug: bool) -> None:
+    """Batch inference for language models that are bigger than the accelerator."""
+    if debug:
+        os.environ["FLEXPIPE_DEBUG"] = "1"
+
+
+cli.add_command(run)
+cli.add_command(demo)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit; `arguments` default to the process's."""
+    sys.exit(_exit_code(sys.argv[1:] if arguments is None else list(arguments)))
+
+
+def _exit_code(arguments: list[str]) -> int:
+    try:
+        with cli.make_context("flexpipe", arguments) as context:
+            cli.invoke(context)
+        sys.stdout.flush()
+    except click.exceptions.Exit as exit:
+        return exit.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return error.exit_code
+    except click.ClickException as error:
+        return _refuse(error, _usage(error), error.format_message(), error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        return _refuse_quietly("flexpipe: interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        _forget_output()
+        return PIPE_CLOSED
+    except FlexpipeError as error:
+        return _refuse(error, "", str(error), error.exit_code)
+    except OSError as error:  # files come and go; the text names the one
+        return _refuse(error, "", str(error), FlexpipeError.exit_code)
+    return 0
+
+
+def _refuse(error: Exception, usage: str, text: str, exit_code: int) -> int:
+    if os.environ.get("FLEXPIPE_DEBUG", "0") not in ("", "0"):
+        raise error
+    return _refuse_quietly(f"{usage}flexpipe: error: {text}", exit_code)
+
+
+def _refuse_quietly(text: str, exit_code: int) -> int:
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+    return exit_code
+
+
+def _usage(error: click.ClickException) -> str:
+    context = getattr(error, "ctx", None)
+    return "" if context is None else f"{context.get_usage()}\n"
+
+
+def _forget_output() -> None:
+    """Point what is left in the buffers at nothing, or the interpreter complains at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(nowhere, stream.fileno())

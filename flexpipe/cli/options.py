@@ -1,0 +1,170 @@
+"""Options that several commands share, and how the knobs come together.
+
+Each knob of `Policy` is an option under the name that `OPTION_NAMES` gives it; a flag overrides
+that one knob of the policy file or preset. Whatever is not given stays out of `given`, so that the
+rule can fill it in.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from flexpipe.errors import FlexpipeError
+from flexpipe.job.spec import TRACE_SUFFIXES
+from flexpipe.plan.hardware import Emulation
+from flexpipe.plan.policy import (
+    COMPUTE_DTYPES,
+    OPTION_NAMES,
+    RESIDENT_DTYPES,
+    STRATEGIES,
+    Policy,
+    percent_shares,
+    read_policy_file,
+)
+from flexpipe.preset import find_preset
+from flexpipe.units import parse_bytes
+
+Command = Callable[..., None]
+
+
+def _read_by(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A reader of ours as the type of an option, whose name click puts before our text."""
+
+    def convert(text: str) -> Any:
+        try:
+            return read(text)
+        except FlexpipeError as error:
+            raise click.BadParameter(str(error)) from None
+
+    return convert
+
+
+def _knob(field: str, type: Any, help: str, **settings: Any) -> Callable[[Command], Command]:
+    return click.option(OPTION_NAMES[field], field, type=type, help=help, **settings)
+
+
+def _switch(field: str, help: str) -> Callable[[Command], Command]:
+    """A yes-or-no knob: the bare option says yes, `--pin-weight false` says no."""
+    default = "yes" if getattr(Policy(), field) else "no"
+    help = f"{help} [true|false, default {default}]"
+    return _knob(field, bool, help, is_flag=False, flag_value=True, default=None, metavar="[BOOL]")
+
+
+def _size(field: str, help: str) -> Callable[[Command], Command]:
+    return _knob(field, _read_by(parse_bytes), help, metavar="SIZE")
+
+
+_COUNT = click.IntRange(min=1)
+_POLICY_OPTIONS = (
+    click.option(
+        "--policy",
+        metavar="FILE|PRESET",
+        help="Take the knobs from a YAML file or from a preset; the options below override it.",
+    ),
+    click.option(
+        "--percent",
+        type=float,
+        nargs=6,
+        metavar="WG WC KG KC HG HC",
+        help="Percent of the weights on gpu and cpu, of the KV cache on gpu and cpu, of hidden on "
+        "gpu and cpu; the rest lies on disk.",
+    ),
+    _knob("micro_batch_size", _COUNT, "Rows of a micro-batch."),
+    _knob("num_micro_batches", _COUNT, "Micro-batches that share one load of the weights."),
+    _knob("strategy", click.Choice(STRATEGIES), "What may overlap (default event)."),
+    _switch("separate_layers", "Run attention and MLP as two layers."),
+    _switch("pin_weights", "Keep weights in pinned host memory."),
+    _knob("prefetch_depth", _COUNT, "Layers whose weights are loaded ahead."),
+    _knob("compute_dtype", click.Choice(COMPUTE_DTYPES), "What the layers compute in."),
+    _knob(
+        "resident_dtype",
+        click.Choice(RESIDENT_DTYPES),
+        "What weights beside the compute device are held in (default compute: no conversion; "
+        "checkpoint: fewer bytes).",
+    ),
+    _knob("max_batch_tokens", _COUNT, "Most new tokens of a micro-batch in one step."),
+    _size("gpu_mem", "Budget of accelerator memory, like 22GiB (default: what is free)."),
+    _size("cpu_mem", "Budget of host memory."),
+    _size("disk_mem", "Budget of the offload directory."),
+)
+
+
+def policy_options(command: Command) -> Command:
+    """Add the knobs; the command gets them as `given`, a dict of `Policy`'s fields."""
+
+    @functools.wraps(command)
+    def with_given(policy: str | None, percent: tuple[float, ...] | None, **others: Any) -> None:
+        knobs = {field: others.pop(field) for field in OPTION_NAMES if field in others}
+        command(given=given_knobs(policy, percent, knobs), **others)
+
+    return _decorated(with_given, _POLICY_OPTIONS)
+
+
+def given_knobs(
+    policy: str | None, percent: tuple[float, ...] | None, knobs: dict[str, Any]
+) -> dict[str, Any]:
+    """The knobs of the policy file, overridden by those given one by one."""
+    given = {} if policy is None else read_policy_file(policy_file(policy))
+    if percent is not None:
+        given |= percent_shares(percent)
+    return given | {field: value for field, value in knobs.items() if value is not None}
+
+
+def policy_file(name: str) -> Path:
+    """A file of that name if there is one, or if it is spelled as a path; else the preset."""
+    path = Path(name)
+    return path if path.is_file() or os.sep in name else find_preset("", name)
+
+
+_MACHINE_OPTIONS = (
+    click.option(
+        "--device",
+        metavar="auto|cpu|emulated|cuda[:N]",
+        help="Where layers are computed (default: an accelerator if there is one, else cpu). "
+        "emulated stands in for an accelerator on any machine.",
+    ),
+    click.option(
+        "--emulate",
+        "emulation",
+        type=_read_by(Emulation.parse),
+        metavar="NAME=VALUE,...",
+        help="What --device emulated pretends to be, like h2d=2GB/s,d2h=2GB/s,memory=1GiB; also "
+        "compute=100GFLOP/s, disk_read=1GB/s, disk_write=1GB/s.",
+    ),
+    click.option(
+        "--offload-dir",
+        type=click.Path(path_type=Path),
+        help="Directory for what lies on disk; made if it is missing, emptied after the run.",
+    ),
+    click.option(
+        "--trace",
+        "trace_path",
+        type=click.Path(path_type=Path),
+        metavar="|".join(f"FILE{suffix}" for suffix in TRACE_SUFFIXES),
+        help="Write what ran when: JSON for Perfetto, or a picture.",
+    ),
+    click.option("--json", "as_json", is_flag=True, help="End with the report as one JSON line."),
+)
+
+
+def machine_options(command: Command) -> Command:
+    """Add where to run and what to show: device, emulation, offload_dir, trace_path, as_json."""
+
+    @functools.wraps(command)
+    def with_device(device: str | None, emulation: Emulation | None, **others: Any) -> None:
+        implied = "auto" if emulation is None else "emulated"
+        command(device=device or implied, emulation=emulation, **others)
+
+    return _decorated(with_device, _MACHINE_OPTIONS)
+
+
+def _decorated(command: Command, options: tuple[Callable[[Command], Command], ...]) -> Command:
+    for option in reversed(options):  # the first one applied is the last one shown
+        command = option(command)
+    return command

@@ -1,0 +1,63 @@
+"""`flexpipe run`: prompts from a file, results to a file, the report at the end."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from flexpipe.cli.options import machine_options, policy_options
+from flexpipe.job.spec import LOAD_FORMATS, JobSpec
+
+_FILE = click.Path(path_type=Path)
+
+
+@click.command()
+@click.option("--model", required=True, help="A checkpoint's directory, or its name on the hub.")
+@click.option("--revision", help="Branch, tag or commit of a hub model.")
+@click.option(
+    "-i",
+    "--input-file",
+    "input_path",
+    type=_FILE,
+    required=True,
+    help='JSON lines {"id", "prompt", "max_tokens"}, or one prompt a line.',
+)
+@click.option(
+    "-o",
+    "--output-file",
+    "output_path",
+    type=_FILE,
+    required=True,
+    help="One JSON line per request, in the order of finishing.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an output file that is not empty.")
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    default=JobSpec.__dataclass_fields__["max_tokens"].default,
+    show_default=True,
+    help="Most tokens to generate, where the request does not say.",
+)
+@click.option("--temperature", type=float, default=0.0, help="Only 0 (greedy) so far.")
+@click.option(
+    "--load-format",
+    type=click.Choice(LOAD_FORMATS),
+    default="auto",
+    help="dummy takes random weights instead of the checkpoint's.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of random weights.")
+@machine_options
+@policy_options
+def run(as_json: bool, **options: Any) -> None:
+    """Run a model over a file of prompts."""
+    spec = JobSpec(**options)
+    from flexpipe.job.run import run_job  # imports torch, so only once the options are sound
+
+    report = run_job(spec)
+    print(f"\n{report.render()}", file=sys.stderr)
+    if as_json:
+        print(json.dumps(report.to_dict()))

@@ -1,0 +1,174 @@
+"""What a run did, as data and as a table.
+
+Every figure was read from a clock, a counter or the kernel, except those called planned or asked.
+Times of links and lanes are the sum over their moves or ops, so lanes that overlap add up to more
+than the wall time; a busy share is that sum over the time the engine ran.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from flexpipe.units import format_bytes, format_rate
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinkUse:
+    """What went over one link; the rate is over the time it was busy."""
+
+    name: str
+    bytes: int
+    busy_s: float
+    bytes_per_s: float
+    planned_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LaneUse:
+    """How many ops one lane ran and which share of the run it was busy."""
+
+    name: str
+    num_ops: int
+    busy_s: float
+    busy_share: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TierUse:
+    """Peak bytes of one tier: the budget, what the plan said, what it came to."""
+
+    tier: str
+    planned_bytes: int
+    measured_bytes: int
+    asked_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShareUse:
+    """How much of one kind of tensor was asked for on a tier, and what whole tensors made of it."""
+
+    kind: str
+    tier: str
+    asked: float
+    achieved: float
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """One finished job. Prefill and decode times are apart and lie within `total_s`."""
+
+    model: str
+    device: str
+    strategy: str
+    num_requests: int
+    num_finished: int
+    num_failed: int
+    load_s: float
+    prefill_s: float
+    decode_s: float
+    total_s: float
+    prompt_tokens: int
+    generated_tokens: int
+    decode_step_tokens: int
+    links: Sequence[LinkUse] = ()
+    lanes: Sequence[LaneUse] = ()
+    tiers: Sequence[TierUse] = ()
+    shares: Sequence[ShareUse] = ()
+    policy: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Prompt tokens over the time spent on prefill."""
+        return _rate(self.prompt_tokens, self.prefill_s)
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Tokens over the time of the steps that only decoded."""
+        return _rate(self.decode_step_tokens, self.decode_s)
+
+    @property
+    def generated_tokens_per_s(self) -> float:
+        """All generated tokens over the time of the whole generation, prefill included."""
+        return _rate(self.generated_tokens, self.prefill_s + self.decode_s)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values under the same names, throughputs included."""
+        values = asdict(self)
+        for name in ("prefill_tokens_per_s", "decode_tokens_per_s", "generated_tokens_per_s"):
+            values[name] = getattr(self, name)
+        return values
+
+    def render(self) -> str:
+        """The same for people: a line on top, then a table each for times, tiers, links, lanes."""
+        parts = [
+            f"{self.model} on {self.device}, overlap {self.strategy}: "
+            f"{self.num_finished} of {self.num_requests} requests finished"
+            + (f", {self.num_failed} failed" if self.num_failed else ""),
+            _table(("time", "seconds", "tokens", "tokens/s"), self._times()),
+            _table(("peak memory", "asked", "planned", "measured"), map(_tier_row, self.tiers)),
+            _table(
+                ("placement", "tier", "asked", "achieved", "bytes"), map(_share_row, self.shares)
+            ),
+            _table(("link", "moved", "planned", "busy s", "rate"), map(_link_row, self.links)),
+            _table(("lane", "ops", "busy s", "busy"), map(_lane_row, self.lanes)),
+            "\n".join(f"note: {note}" for note in self.notes),
+        ]
+        return "\n\n".join(part for part in parts if part)
+
+    def _times(self) -> list[tuple[str, ...]]:
+        decoded = self.decode_step_tokens
+        return [
+            ("load", f"{self.load_s:.2f}", "", ""),
+            ("prefill", f"{self.prefill_s:.2f}", *_tokens(self.prompt_tokens, self.prefill_s)),
+            ("decode", f"{self.decode_s:.2f}", *_tokens(decoded, self.decode_s)),
+            ("total", f"{self.total_s:.2f}", *_tokens(self.generated_tokens, self.total_s)),
+        ]
+
+
+def _rate(count: int, seconds: float) -> float:
+    return count / seconds if seconds > 0 else 0.0
+
+
+def _tokens(count: int, seconds: float) -> tuple[str, str]:
+    return f"{count}", f"{_rate(count, seconds):.1f}"
+
+
+def _tier_row(use: TierUse) -> tuple[str, ...]:
+    asked = "what is free" if use.asked_bytes is None else format_bytes(use.asked_bytes)
+    return use.tier, asked, format_bytes(use.planned_bytes), format_bytes(use.measured_bytes)
+
+
+def _share_row(use: ShareUse) -> tuple[str, ...]:
+    shares = (f"{use.asked:.1%}", f"{use.achieved:.1%}")
+    return use.kind, use.tier, *shares, format_bytes(use.bytes)
+
+
+def _link_row(use: LinkUse) -> tuple[str, ...]:
+    planned = "" if use.planned_bytes is None else format_bytes(use.planned_bytes)
+    rate = format_rate(use.bytes_per_s)
+    return use.name, format_bytes(use.bytes), planned, f"{use.busy_s:.2f}", rate
+
+
+def _lane_row(use: LaneUse) -> tuple[str, ...]:
+    return use.name, str(use.num_ops), f"{use.busy_s:.2f}", f"{use.busy_share:.0%}"
+
+
+def _table(head: Sequence[str], rows: Any) -> str:
+    """Columns as wide as their widest cell, names to the left, figures to the right."""
+    body = [tuple(row) for row in rows]
+    if not body:
+        return ""
+    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+    return "\n".join(_line(row, widths) for row in (head, *body))
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    first, *rest = (
+        cell.rjust(width) if index else cell.ljust(width)
+        for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    )
+    return "  ".join(["  " + first, *rest]).rstrip()

@@ -1,0 +1,101 @@
+"""What one run was asked to do, before anything was looked at but the paths.
+
+The command line and the Python interface both end here. A `JobSpec` is legal in itself; whether the
+model exists, the device is there and the plan fits is the job's question. Texts name the options,
+since those are what a user can change.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from flexpipe.errors import InputError
+from flexpipe.plan.hardware import Emulation
+
+LoadFormat = Literal["auto", "dummy"]
+LOAD_FORMATS: tuple[LoadFormat, ...] = get_args(LoadFormat)
+TRACE_SUFFIXES = (".json", ".png", ".svg")
+_DEVICE = re.compile(r"auto|cpu|emulated|(cuda|xpu|mps|mtia|npu|hpu)(:[0-9]+)?")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobSpec:
+    """One batch job: model, prompts in, results out, and how to use the machine.
+
+    `given` holds the fields of `Policy` that the user chose; the rule fills in the rest. `device`
+    "auto" takes the accelerator if there is one, else the CPU. `emulation` goes with the device
+    "emulated" and is never None there.
+    """
+
+    model: str
+    input_path: Path
+    output_path: Path
+    max_tokens: int = 128
+    temperature: float = 0.0
+    device: str = "auto"
+    emulation: Emulation | None = None
+    given: Mapping[str, Any] = field(default_factory=dict)
+    load_format: LoadFormat = "auto"
+    seed: int = 0
+    revision: str | None = None
+    offload_dir: Path | None = None
+    trace_path: Path | None = None
+    overwrite: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise InputError("--model is empty; give a checkpoint's directory or a hub name")
+        if self.max_tokens < 1:
+            raise InputError(f"--max-tokens must be at least 1, got {self.max_tokens}")
+        if self.temperature != 0:
+            raise InputError(
+                f"--temperature {self.temperature:g} is not supported yet; only 0 (greedy) is"
+            )
+        if self.load_format not in LOAD_FORMATS:
+            raise InputError(
+                f"--load-format is one of {', '.join(LOAD_FORMATS)}, got {self.load_format!r}"
+            )
+        self._check_device()
+        self._check_paths()
+
+    def _check_device(self) -> None:
+        if not _DEVICE.fullmatch(self.device):
+            raise InputError(
+                f"--device {self.device!r} is unknown; use auto, cpu, emulated, or a torch "
+                "accelerator such as cuda or cuda:1"
+            )
+        if self.device == "emulated" and self.emulation is None:
+            object.__setattr__(self, "emulation", Emulation())
+        if self.device != "emulated" and self.emulation is not None:
+            raise InputError(
+                f"--emulate describes an emulated accelerator, but --device is {self.device}; "
+                "use --device emulated or drop one of the two"
+            )
+
+    def _check_paths(self) -> None:
+        for option, path in (
+            ("--input-file", self.input_path),
+            ("--output-file", self.output_path),
+        ):
+            if str(path) == "-":
+                raise InputError(f"{option} - is not supported; name a file")
+        if _same_file(self.input_path, self.output_path):
+            raise InputError(
+                f"--output-file {self.output_path} is the input file; name another, "
+                "or the prompts would be overwritten"
+            )
+        if self.trace_path is not None and self.trace_path.suffix not in TRACE_SUFFIXES:
+            raise InputError(f"--trace {self.trace_path} must end in {', '.join(TRACE_SUFFIXES)}")
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError:  # one of them does not exist yet
+        return one.absolute() == other.absolute()

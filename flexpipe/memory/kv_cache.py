@@ -1,0 +1,346 @@
+"""The KV cache: it belongs to rows, and a row's home is fixed by its place.
+
+In one layer a row's keys and values are a run of tokens, [tokens, 2, K, D], token-major, so that what
+is filled and what is new are one piece each. Rows of a micro-batch with the same home lie side by
+side. Rows at home beside the compute device are used in place; the others pass through a slot, where
+they lie side by side too: host rows first, then disk rows.
+
+On disk a row is a stream of pages of `KV_PAGE` bytes. Only whole pages are written; the tail that
+does not fill one waits in host memory and joins what is read.
+
+Shapes: R rows, L region length, 2 keys then values, K KV heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from flexpipe.memory.disk import DiskFile
+from flexpipe.memory.tier import TierMemory, torch_dtype
+from flexpipe.plan.block import KV_PAGE, MicroBatchPlan
+from flexpipe.plan.plan import NUM_KV_SLOTS, NUM_STAGES, Plan, PoolPlan
+from flexpipe.plan.tier import Tier
+from flexpipe.schedule.step import MicroBatch, Row
+
+Copy = Callable[[Tensor, Tensor], None]
+
+_READ_OVER_BYTES = 128 * 1024  # gaps between rows that are cheaper to read than to skip
+
+
+@dataclass(frozen=True, slots=True)
+class RowRun:
+    """Rows whose regions lie side by side, at home or in the slot, from `first` on."""
+
+    in_slot: bool
+    first: int
+    rows: tuple[Row, ...]
+
+
+class KvCache:
+    """Homes, slots and staging of all rows' keys and values."""
+
+    def __init__(self, plan: Plan, memory: TierMemory, disk: DiskFile | None) -> None:
+        self._plan = plan
+        self._disk = disk
+        self._dtype = torch_dtype(plan.compute_dtype)
+        self._token_bytes = plan.token_bytes
+        pools = {(pool.name, pool.tier): pool for pool in plan.pools}
+        self._homes = {
+            tier: _take(memory, plan, pools.get(("KV cache", tier)))
+            for tier in (Tier.GPU, Tier.CPU)
+        }
+        self._tails = _take(memory, plan, pools.get(("KV tail pages", Tier.CPU)))
+        self._slots = _take_slots(
+            memory, plan, pools.get(("KV slots", plan.device_tier)), NUM_KV_SLOTS
+        )
+        staging = _take_slots(memory, plan, pools.get(("KV staging", Tier.CPU)), 2 * NUM_STAGES)
+        self._read_stages, self._write_stages = staging[:NUM_STAGES], staging[NUM_STAGES:]
+        self._bases = {tier: _bases(plan, tier) for tier in Tier}
+        self._disk_ranks = _disk_ranks(plan)
+        self._slot_rank = [
+            {place: rank for rank, place in enumerate(plan.slot_places(mb))}
+            for mb in plan.micro_batches
+        ]
+        self._home_rank = [
+            {place: rank for tier in Tier for rank, place in enumerate(mb.places(tier))}
+            for mb in plan.micro_batches
+        ]
+        self._views: dict[tuple[int, int, int | None], Tensor] = {}
+
+    def runs(self, batch: MicroBatch) -> tuple[RowRun, ...]:
+        """A micro-batch's rows by where compute finds them: at home first, then in the slot."""
+        mb = self._plan.micro_batches[batch.index]
+        device = self._plan.device_tier
+        placed: dict[bool, list[tuple[int, Row]]] = {False: [], True: []}
+        for row in batch.rows:
+            in_slot = mb.kv_homes[row.place] != device
+            ranks = self._slot_rank if in_slot else self._home_rank
+            placed[in_slot].append((ranks[batch.index][row.place], row))
+        return tuple(run for in_slot in placed for run in _runs(in_slot, placed[in_slot]))
+
+    def views(
+        self, runs: Sequence[RowRun], batch: MicroBatch, layer: int, slot: int | None
+    ) -> list[Tensor]:
+        """One [R, L, 2, K, D] tensor per run, for decoder layer `layer`."""
+        made = []
+        for run in runs:
+            whole = self._region(batch.index, layer, slot if run.in_slot else None)
+            made.append(whole[run.first : run.first + len(run.rows)])
+        return made
+
+    def read(
+        self, batch: MicroBatch, layer: int, *, slot: int | None, stage: int | None
+    ) -> int:
+        """READ_CACHE: what disk rows have behind them, into a slot or a stage. Bytes read."""
+        assert self._disk is not None
+        target = self._disk_rows(batch.index, slot, self._read_stages, stage)
+        total = 0
+        rows = [row for row in self._rows_at(batch, Tier.DISK) if row.num_context]
+        for first, num_bytes in self._extents(batch, rows):
+            rank = self._home_rank[batch.index][rows[first].place]
+            start = rank * self._stride(batch.index)
+            offset = self._file_offset(batch.index, layer, rows[first].place)
+            self._disk.read(target[start : start + num_bytes].numpy(), offset)
+            total += num_bytes
+        for row in rows:
+            self._join_tail(batch.index, layer, row, target)
+        return total
+
+    def load(
+        self, batch: MicroBatch, layer: int, *, slot: int, stage: int | None, copy: Copy
+    ) -> int:
+        """LOAD_CACHE: what off-device rows have behind them, from host memory into a slot."""
+        target, total = self._slots[slot], 0
+        stride = self._stride(batch.index)
+        for tier, row in self._moving(batch):
+            num_bytes = row.num_context * self._token_bytes
+            if not num_bytes:
+                continue
+            source = self._host_row(batch.index, layer, tier, row, self._read_stages, stage)
+            start = self._slot_rank[batch.index][row.place] * stride
+            copy(target[start : start + num_bytes], source[:num_bytes])
+            total += num_bytes
+        return total
+
+    def store(
+        self, batch: MicroBatch, layer: int, *, slot: int, stage: int | None, copy: Copy
+    ) -> int:
+        """STORE_CACHE: new tokens from a slot to host memory."""
+        source, total = self._slots[slot], 0
+        stride = self._stride(batch.index)
+        for tier, row in self._moving(batch):
+            begin, end = self._new_bytes(row)
+            start = self._slot_rank[batch.index][row.place] * stride
+            target = self._host_row(batch.index, layer, tier, row, self._write_stages, stage)
+            copy(target[begin:end], source[start + begin : start + end])
+            total += end - begin
+        return total
+
+    def write(
+        self, batch: MicroBatch, layer: int, *, slot: int | None, stage: int | None
+    ) -> int:
+        """WRITE_CACHE: pages that new tokens filled go to disk, the tail stays here."""
+        assert self._disk is not None
+        source = self._disk_rows(batch.index, slot, self._write_stages, stage)
+        total = 0
+        for row in self._rows_at(batch, Tier.DISK):
+            start = self._home_rank[batch.index][row.place] * self._stride(batch.index)
+            begin, end = self._new_bytes(row)
+            page, full = begin // KV_PAGE * KV_PAGE, end // KV_PAGE * KV_PAGE
+            if stage is not None:
+                self._join_tail(batch.index, layer, row, source)
+            if full > page:
+                offset = self._file_offset(batch.index, layer, row.place) + page
+                self._disk.write(source[start + page : start + full].numpy(), offset)
+                total += full - page
+            tail = self._tail(batch.index, layer, row.place)
+            keep = max(page, full)
+            tail[: end - keep].copy_(source[start + keep : start + end])
+        return total
+
+    def moved_bytes(self, batch: MicroBatch, *, new: bool) -> int:
+        """Bytes that LOAD_CACHE (or with `new`, STORE_CACHE) moves for a micro-batch."""
+        tokens = sum(row.num_new if new else row.num_context for _, row in self._moving(batch))
+        return tokens * self._token_bytes
+
+    def poison(self, slot: int) -> None:
+        """Overwrite a slot with finite rubbish."""
+        self._slots[slot].fill_(0x3C)
+
+    def swap_rows(self, mb: int, one: int, other: int) -> None:
+        """Exchange two rows' caches at home: a fault that a parity test must notice."""
+        home = self._plan.micro_batches[mb].kv_homes[one]
+        assert home == self._plan.micro_batches[mb].kv_homes[other]
+        for layer in range(self._plan.config.num_layers):
+            a = self._home_row(mb, layer, home, one)
+            b = self._home_row(mb, layer, home, other)
+            kept = a.clone()
+            a.copy_(b)
+            b.copy_(kept)
+
+    def _moving(self, batch: MicroBatch) -> Iterator[tuple[Tier, Row]]:
+        mb = self._plan.micro_batches[batch.index]
+        for row in batch.rows:
+            tier = mb.kv_homes[row.place]
+            if tier != self._plan.device_tier and row.num_new:
+                yield tier, row
+
+    def _rows_at(self, batch: MicroBatch, tier: Tier) -> list[Row]:
+        mb = self._plan.micro_batches[batch.index]
+        return [row for row in batch.rows if mb.kv_homes[row.place] == tier and row.num_new]
+
+    def _new_bytes(self, row: Row) -> tuple[int, int]:
+        begin = row.num_context * self._token_bytes
+        return begin, begin + row.num_new * self._token_bytes
+
+    def _stride(self, mb: int) -> int:
+        return self._plan.slot_region_bytes(self._plan.micro_batches[mb])
+
+    def _region(self, mb: int, layer: int, slot: int | None) -> Tensor:
+        """All of a micro-batch's regions at home beside the device, or in a slot."""
+        key = (mb, -1 if slot is not None else layer, slot)
+        view = self._views.get(key)
+        if view is None:
+            view = self._views[key] = self._make_region(mb, layer, slot)
+        return view
+
+    def _make_region(self, mb: int, layer: int, slot: int | None) -> Tensor:
+        plan, shape = self._plan, self._plan.micro_batches[mb]
+        if slot is not None:
+            slab, offset = self._slots[slot], 0
+            stride, count = self._stride(mb), len(plan.slot_places(shape))
+        else:
+            tier = plan.device_tier
+            home = self._homes[tier]
+            assert home is not None
+            slab, offset = home, self._home_offset(mb, layer, tier)
+            stride, count = shape.region_bytes(tier, self._token_bytes), len(shape.places(tier))
+        config, item = plan.config, self._dtype.itemsize
+        row = (2, config.num_kv_heads, config.head_dim)
+        values = slab[offset : offset + stride * count].view(self._dtype)
+        return values.as_strided(
+            (count, shape.region_tokens, *row),
+            (stride // item, self._token_bytes // item, row[1] * row[2], row[2], 1),
+        )
+
+    def _home_offset(self, mb: int, layer: int, tier: Tier) -> int:
+        bases = self._bases[tier]
+        return layer * bases[-1] + bases[mb]
+
+    def _home_row(self, mb: int, layer: int, tier: Tier, place: int) -> Tensor:
+        home = self._homes[tier]
+        assert home is not None
+        num_bytes = self._plan.micro_batches[mb].region_bytes(tier, self._token_bytes)
+        start = self._home_offset(mb, layer, tier) + self._home_rank[mb][place] * num_bytes
+        return home[start : start + num_bytes]
+
+    def _host_row(
+        self,
+        mb: int,
+        layer: int,
+        tier: Tier,
+        row: Row,
+        stages: Sequence[Tensor],
+        stage: int | None,
+    ) -> Tensor:
+        """A row's bytes in host memory: at home, or on a stage to or from the disk."""
+        if tier == Tier.CPU:
+            return self._home_row(mb, layer, tier, row.place)
+        assert stage is not None
+        start = self._home_rank[mb][row.place] * self._stride(mb)
+        return stages[stage][start : start + self._stride(mb)]
+
+    def _disk_rows(
+        self, mb: int, slot: int | None, stages: Sequence[Tensor], stage: int | None
+    ) -> Tensor:
+        """Where the disk rows of a micro-batch lie side by side in memory."""
+        if stage is not None:
+            return stages[stage]
+        assert slot is not None
+        shape = self._plan.micro_batches[mb]
+        disk_rows = len(shape.places(Tier.DISK))
+        others = len(self._plan.slot_places(shape)) - disk_rows
+        return self._slots[slot][others * self._stride(mb) :]
+
+    def _file_offset(self, mb: int, layer: int, place: int) -> int:
+        region = self._plan.micro_batches[mb].region_bytes(Tier.DISK, self._token_bytes)
+        return self._home_offset(mb, layer, Tier.DISK) + self._home_rank[mb][place] * region
+
+    def _extents(
+        self, batch: MicroBatch, rows: Sequence[Row]
+    ) -> Iterator[tuple[int, int]]:
+        """(first row, bytes) of reads that cover every row's whole pages."""
+        stride = self._stride(batch.index)
+        ranks = [self._home_rank[batch.index][row.place] for row in rows]
+        full = [row.num_context * self._token_bytes // KV_PAGE * KV_PAGE for row in rows]
+        first, end = -1, 0
+        for index, (rank, num_bytes) in enumerate(zip(ranks, full, strict=True)):
+            if not num_bytes:
+                continue
+            start = rank * stride
+            if first >= 0 and start - end <= _READ_OVER_BYTES:
+                end = start + num_bytes
+                continue
+            if first >= 0:
+                yield first, end - ranks[first] * stride
+            first, end = index, start + num_bytes
+        if first >= 0:
+            yield first, end - ranks[first] * stride
+
+    def _tail(self, mb: int, layer: int, place: int) -> Tensor:
+        assert self._tails is not None
+        index = layer * len(self._disk_ranks) + self._disk_ranks[mb, place]
+        return self._tails[index * KV_PAGE : (index + 1) * KV_PAGE]
+
+    def _join_tail(self, mb: int, layer: int, row: Row, target: Tensor) -> None:
+        """Put the bytes that wait in host memory behind the whole pages of a row."""
+        end = row.num_context * self._token_bytes
+        page = end // KV_PAGE * KV_PAGE
+        start = self._home_rank[mb][row.place] * self._stride(mb)
+        target[start + page : start + end].copy_(self._tail(mb, layer, row.place)[: end - page])
+
+
+def _runs(in_slot: bool, placed: Sequence[tuple[int, Row]]) -> Iterator[RowRun]:
+    placed = sorted(placed, key=lambda item: item[0])
+    start = 0
+    for index in range(1, len(placed) + 1):
+        if index == len(placed) or placed[index][0] != placed[index - 1][0] + 1:
+            rows = tuple(row for _, row in placed[start:index])
+            yield RowRun(in_slot, placed[start][0], rows)
+            start = index
+
+
+def _bases(plan: Plan, tier: Tier) -> list[int]:
+    """Offsets of the micro-batches in one layer of a tier's home; the last is the layer's size."""
+    bases = [0]
+    for mb in plan.micro_batches:
+        size = len(mb.places(tier)) * mb.region_bytes(tier, plan.token_bytes)
+        bases.append(bases[-1] + size)
+    return bases
+
+
+def _disk_ranks(plan: Plan) -> dict[tuple[int, int], int]:
+    places = [(mb.index, place) for mb in plan.micro_batches for place in mb.places(Tier.DISK)]
+    return {key: rank for rank, key in enumerate(places)}
+
+
+def _take(memory: TierMemory, plan: Plan, pool: PoolPlan | None) -> Tensor | None:
+    if pool is None:
+        return None
+    if pool.tier == plan.device_tier:
+        return memory.take_on_device(pool.num_bytes, pool.name)
+    return memory.take_on_host(pool.num_bytes, pool.name)
+
+
+def _take_slots(
+    memory: TierMemory, plan: Plan, pool: PoolPlan | None, count: int
+) -> list[Tensor]:
+    if pool is None:
+        return []
+    assert pool.num_slots == count
+    single = PoolPlan(name=pool.name, tier=pool.tier, slot_bytes=pool.slot_bytes)
+    slabs = [_take(memory, plan, single) for _ in range(count)]
+    return [slab for slab in slabs if slab is not None]

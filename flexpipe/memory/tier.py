@@ -1,0 +1,139 @@
+"""Taking the bytes of a tier: once, at start, resident from then on.
+
+Host memory is page-aligned (direct I/O reads into it), touched when it is taken, and page-locked
+where an accelerator is to copy from it asynchronously. Whatever cannot be locked still works, with
+synchronous copies; the loss is told once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import mmap
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexpipe.errors import PlanError
+from flexpipe.memory.disk import aligned_buffer
+from flexpipe.plan.tier import Tier
+from flexpipe.units import format_bytes
+
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; touches pages without a fault for each
+_CUDA_HOST_REGISTER_PORTABLE = 1
+
+log = logging.getLogger("flexpipe")
+
+
+class TierMemory:
+    """The memories of one run: the host's and the compute device's.
+
+    `device` is the torch device that computes; where it is the CPU (also when an accelerator is
+    emulated) every slab lies in host memory.
+    """
+
+    def __init__(self, device: torch.device, *, pin: bool) -> None:
+        self._device = device
+        self._pin = pin and device.type == "cuda"
+        self._registered: list[Tensor] = []
+        self._taken_on_device = 0
+        self.pinned_bytes = 0
+        self.unpinned_bytes = 0
+
+    def take_on_device(self, num_bytes: int, what: str) -> Tensor:
+        """Zeroed bytes beside the compute device, [num_bytes] uint8."""
+        self._taken_on_device += num_bytes
+        if self._device.type == "cpu":
+            return _host_bytes(num_bytes, what)
+        try:
+            return torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
+        except RuntimeError as error:  # torch's out-of-memory errors derive from it
+            raise PlanError(
+                f"{self._device} refused {format_bytes(num_bytes)} for {what}: {error}. Lower "
+                "--gpu-mem, or end other programs that use the device."
+            ) from error
+
+    def take_on_host(self, num_bytes: int, what: str) -> Tensor:
+        """Zeroed host bytes, page-locked if the run asks for it and the system allows it."""
+        slab = _host_bytes(num_bytes, what)
+        if self._pin:
+            self._lock(slab, what)
+        return slab
+
+    def peak_device_bytes(self) -> int:
+        """The most bytes the device's memory held; an emulated one holds its pools."""
+        if self._device.type == "cpu":
+            return self._taken_on_device
+        return int(torch.accelerator.max_memory_reserved(self._device))
+
+    def emulated_bytes(self, device_tier: Tier) -> int:
+        """Bytes of host memory that play an accelerator's."""
+        emulated = device_tier == Tier.GPU and self._device.type == "cpu"
+        return self._taken_on_device if emulated else 0
+
+    def close(self) -> None:
+        """Unlock what was locked; the bytes go back with their last tensor."""
+        while self._registered:
+            slab = self._registered.pop()
+            _cudart().cudaHostUnregister(slab.data_ptr())
+
+    def _lock(self, slab: Tensor, what: str) -> None:
+        """Exactly the slab's bytes: torch's own pinned allocator rounds up to powers of two."""
+        size = slab.numel()
+        code = _cudart().cudaHostRegister(
+            slab.data_ptr(), size, _CUDA_HOST_REGISTER_PORTABLE
+        )
+        if int(code) == 0:
+            self._registered.append(slab)
+            self.pinned_bytes += size
+            return
+        if not self.unpinned_bytes:
+            log.warning(
+                "%s of host memory for %s could not be page-locked after %s; copies from there are "
+                "synchronous (raise `ulimit -l`, or lower the cpu shares)",
+                format_bytes(size),
+                what,
+                format_bytes(self.pinned_bytes),
+            )
+        self.unpinned_bytes += size
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def _host_bytes(num_bytes: int, what: str) -> Tensor:
+    try:
+        buffer = aligned_buffer(num_bytes)
+    except (MemoryError, OSError) as error:
+        raise PlanError(
+            f"the system refused {format_bytes(num_bytes)} of memory for {what}: {error}. Lower "
+            "--cpu-mem, or end other programs."
+        ) from error
+    slab = torch.from_numpy(buffer)
+    _populate(slab)
+    return slab[:num_bytes]
+
+
+def _populate(slab: Tensor) -> None:
+    """Make the pages resident now, so that no page fault and no surprise is left for later."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    start = slab.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    with contextlib.suppress(AttributeError):
+        if libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(slab.numel()), _MADV_POPULATE_WRITE):
+            slab.zero_()
+
+
+def typed(slab: Tensor, dtype: torch.dtype, shape: tuple[int, ...], offset: int = 0) -> Tensor:
+    """A tensor in a slab's bytes, from byte `offset` on."""
+    count = 1
+    for size in shape:
+        count *= size
+    return slab[offset : offset + count * dtype.itemsize].view(dtype).view(shape)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

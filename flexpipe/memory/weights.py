@@ -1,0 +1,218 @@
+"""The model's weights: resident ones, packs that travel from host memory, reads from the checkpoint.
+
+Everything is read past the page cache, straight from the safetensors files. Loading takes one bounded
+buffer beside the pools. A layer's tensors are views of a slot, made once per (layer, slot).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexpipe.memory.disk import DiskReader, aligned_buffer
+from flexpipe.memory.tier import TierMemory, torch_dtype, typed
+from flexpipe.model.config import DTYPE_BYTES
+from flexpipe.model.segments import EmbedWeights, HeadWeights, LayerWeights
+from flexpipe.plan.layout import PACK_ALIGN, Part, round_up
+from flexpipe.plan.placement import PlacedTensor
+from flexpipe.plan.plan import LayerKind, LayerPlan, Plan
+from flexpipe.plan.tier import Tier
+
+_CHUNK_BYTES = 32 * 2**20  # bytes read at a time while loading
+
+Copy = Callable[[Tensor, Tensor], None]
+LayerTensors = LayerWeights | EmbedWeights | HeadWeights
+
+
+@dataclass(frozen=True, slots=True)
+class LayerParts:
+    """A layer's tensors: its weights by role, and the matrix the vocabulary meets."""
+
+    weights: LayerTensors
+    embed_tokens: Tensor | None = None
+    lm_head: Tensor | None = None
+
+
+class WeightStore:
+    """Homes and slots of the weights of one stage."""
+
+    def __init__(self, plan: Plan, memory: TierMemory, reader: DiskReader) -> None:
+        self._plan = plan
+        self._reader = reader
+        self._resident: dict[str, Tensor] = {}
+        self._host: dict[str, Tensor] = {}
+        self._views: dict[tuple[int, int | None], LayerParts] = {}
+        pools = {(pool.name, pool.tier): pool for pool in plan.pools}
+        self._take_resident(memory)
+        for owner, num_bytes in plan.host_slabs.items():
+            self._host[owner] = memory.take_on_host(num_bytes, f"weights of {owner}")
+        slots = pools.get(("weight slots", plan.device_tier))
+        self._slots = [
+            memory.take_on_device(slots.slot_bytes, slots.name)
+            for _ in range(slots.num_slots if slots else 0)
+            if slots
+        ]
+        staging = pools.get(("weight staging", Tier.CPU))
+        self._stages = [
+            memory.take_on_host(staging.slot_bytes, staging.name)
+            for _ in range(staging.num_slots if staging else 0)
+            if staging
+        ]
+
+    def load(self, progress: Callable[[int], None]) -> None:
+        """Fill every home in memory; `progress` is told the bytes read."""
+        buffer = torch.from_numpy(aligned_buffer(_CHUNK_BYTES))
+        for name, target in self._resident.items():
+            placed = self._plan.placement.tensors[name]
+            self._fill(placed, target, buffer, progress)
+        for layer in self._plan.layers:
+            for part, offset in zip(layer.streamed.parts, layer.streamed.offsets, strict=True):
+                if part.tensor.home == Tier.CPU and layer.kind != LayerKind.HEAD:
+                    self._fill_host(part.tensor, self._host[layer.name], offset, buffer, progress)
+        for name, placed in self._plan.placement.tensors.items():
+            if name in self._host:
+                self._fill_host(placed, self._host[name], 0, buffer, progress)
+
+    def read(self, layer: LayerPlan, *, slot: int | None, stage: int | None) -> int:
+        """READ_WEIGHT: the layer's extents into a slot, or into a stage on the way to one."""
+        base = 0 if stage is None else layer.streamed.pack_bytes
+        target = self._slots[slot] if stage is None and slot is not None else self._stages[stage or 0]
+        for extent in layer.streamed.extents:
+            start = extent.slot_offset - base
+            view = target[start : start + extent.num_bytes].numpy()
+            self._reader.file(Path(str(extent.path))).read(view, extent.file_offset)
+        return layer.streamed.read_bytes
+
+    def load_layer(self, layer: LayerPlan, slot: int, stage: int | None, copy: Copy) -> int:
+        """LOAD_WEIGHT: host memory to a slot, in as few moves as the layer has homes."""
+        target, layout = self._slots[slot], layer.streamed
+        if layout.pack_bytes and layer.kind != LayerKind.HEAD:
+            copy(target[: layout.pack_bytes], self._host[layer.name])
+        elif layout.pack_bytes:
+            for part, offset in zip(layout.parts, layout.offsets, strict=True):
+                if part.tensor.home == Tier.CPU:
+                    source = self._host[part.tensor.spec.name]
+                    piece = source[part.byte_offset : part.byte_offset + part.num_bytes]
+                    copy(target[offset : offset + part.num_bytes], piece)
+        if stage is not None:
+            staged = self._stages[stage][: layout.read_bytes]
+            copy(target[layout.pack_bytes : layout.num_bytes], staged)
+        return layout.num_bytes
+
+    def layer(self, layer: LayerPlan, slot: int | None) -> LayerParts:
+        """The layer's tensors, as COMPUTE wants them."""
+        key = (layer.position, slot)
+        parts = self._views.get(key)
+        if parts is None:
+            parts = self._views[key] = self._make_views(layer, slot)
+        return parts
+
+    def embedding_rows(self, ids_T: Tensor, out_TE: Tensor) -> int:
+        """READ_EMBED: the rows of an embedding that rests off the device, in the wire dtype.
+
+        `ids_T` is int64 on the host. Returns the bytes read from disk.
+        """
+        placed = self._embedding
+        if placed.home == Tier.CPU:
+            table = typed(
+                self._host[placed.spec.name], torch_dtype(placed.dtype), placed.spec.shape
+            )
+            torch.index_select(table, 0, ids_T, out=out_TE)
+            return 0
+        unique, inverse = torch.unique(ids_T, return_inverse=True)
+        first = torch.full_like(unique, -1)
+        first.scatter_(0, inverse, torch.arange(len(ids_T)))
+        row_bytes = placed.num_bytes // placed.spec.shape[0]
+        rows = out_TE.view(torch.uint8)
+        spans = [
+            (placed.stored.offset + int(token) * row_bytes, row_bytes, rows[int(place)].numpy())
+            for token, place in zip(unique, first, strict=True)
+        ]
+        self._reader.file(Path(str(placed.stored.path))).read_spans(spans)
+        out_TE.copy_(out_TE[first[inverse]])
+        return row_bytes * len(spans)
+
+    def poison(self, slot: int) -> None:
+        """Overwrite a slot, so that a reader who comes too early or too late shows."""
+        self._slots[slot].fill_(0x3C)
+
+    @property
+    def _embedding(self) -> PlacedTensor:
+        return self._plan.placement.tensors[self._plan.config.tensor_names["embed_tokens"]]
+
+    def _take_resident(self, memory: TierMemory) -> None:
+        parts = {
+            part.tensor.spec.name: part.tensor
+            for layer in self._plan.layers
+            for part in layer.resident
+        }
+        sizes = {name: round_up(placed.num_bytes, PACK_ALIGN) for name, placed in parts.items()}
+        slab = memory.take_on_device(sum(sizes.values()), "weights")
+        offset = 0
+        for name, placed in parts.items():
+            dtype = torch_dtype(placed.dtype)
+            self._resident[name] = typed(slab, dtype, placed.spec.shape, offset)
+            offset += sizes[name]
+
+    def _fill_host(
+        self,
+        placed: PlacedTensor,
+        slab: Tensor,
+        offset: int,
+        buffer: Tensor,
+        progress: Callable[[int], None],
+    ) -> None:
+        target = typed(slab, torch_dtype(placed.dtype), placed.spec.shape, offset)
+        self._fill(placed, target, buffer, progress)
+
+    def _fill(
+        self,
+        placed: PlacedTensor,
+        target: Tensor,
+        buffer: Tensor,
+        progress: Callable[[int], None],
+    ) -> None:
+        """Read a tensor chunk by chunk, converting on the way."""
+        stored, flat = placed.stored, target.view(-1)
+        file = self._reader.file(Path(str(stored.path)))
+        direct = stored.dtype == placed.dtype and target.device.type == "cpu"
+        step = _CHUNK_BYTES // DTYPE_BYTES[stored.dtype]
+        for first in range(0, flat.numel(), step):
+            place = flat[first : first + step]
+            num_bytes = place.numel() * DTYPE_BYTES[stored.dtype]
+            offset = stored.offset + first * DTYPE_BYTES[stored.dtype]
+            if direct:
+                file.read_into(place.view(torch.uint8).numpy(), offset)
+            else:
+                chunk = buffer[:num_bytes]
+                file.read_into(chunk.numpy(), offset)
+                place.copy_(chunk.view(torch_dtype(stored.dtype)))
+            progress(num_bytes)
+
+    def _make_views(self, layer: LayerPlan, slot: int | None) -> LayerParts:
+        tensors: dict[str, Tensor] = {}
+        for part in layer.resident:
+            tensors[part.tensor.spec.role] = self._rows(part)
+        if slot is not None:
+            for part, offset in zip(layer.streamed.parts, layer.streamed.offsets, strict=True):
+                dtype = torch_dtype(part.tensor.dtype)
+                tensors[part.tensor.spec.role] = typed(
+                    self._slots[slot], dtype, part.shape, offset
+                )
+        embed_tokens = tensors.pop("embed_tokens", None)
+        lm_head = tensors.pop("lm_head", None)
+        if layer.kind == LayerKind.HEAD and lm_head is None:
+            lm_head, embed_tokens = embed_tokens, None  # tied
+        holder: Any = {LayerKind.EMBED: EmbedWeights, LayerKind.HEAD: HeadWeights}.get(
+            layer.kind, LayerWeights
+        )
+        return LayerParts(holder(**tensors), embed_tokens, lm_head)
+
+    def _rows(self, part: Part) -> Tensor:
+        tensor = self._resident[part.tensor.spec.name]
+        return tensor if part.stop is None else tensor[part.start : part.stop]

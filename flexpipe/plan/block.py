@@ -1,0 +1,103 @@
+"""The shape of a block: micro-batches, places for rows, room for their KV cache and hidden.
+
+Requests are taken longest first, so the first block is the largest that will ever run: whoever
+takes a finished row's place needs at most as much. A micro-batch's places all have room for the
+longest of its first rows; that room, times the places, is what the KV cache costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flexpipe.plan.layout import round_up
+from flexpipe.plan.placement import deal_places
+from flexpipe.plan.policy import Policy
+from flexpipe.plan.tier import Tier
+
+KV_PAGE = 16 * 1024  # bytes; the unit in which a row's KV cache is written to disk
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Tokens one request may come to: its prompt and the most it may generate."""
+
+    prompt: int
+    output: int
+
+    @property
+    def total(self) -> int:
+        return self.prompt + self.output
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MicroBatchPlan:
+    """One micro-batch of the block: a place per row, each place's KV home, the hidden's home.
+
+    `region_tokens` is the room of each place, `max_new_tokens` the most new tokens in one step.
+    """
+
+    index: int
+    region_tokens: int
+    max_new_tokens: int
+    kv_homes: tuple[Tier, ...]
+    hidden_home: Tier
+
+    @property
+    def num_places(self) -> int:
+        return len(self.kv_homes)
+
+    def places(self, tier: Tier) -> tuple[int, ...]:
+        """Places whose KV cache rests on `tier`, ascending."""
+        return tuple(place for place, home in enumerate(self.kv_homes) if home == tier)
+
+    def region_bytes(self, tier: Tier, token_bytes: int) -> int:
+        """Bytes of one place in one layer; whole pages on disk."""
+        num_bytes = self.region_tokens * token_bytes
+        return round_up(num_bytes, KV_PAGE) if tier == Tier.DISK else num_bytes
+
+
+def longest_first(needs: Sequence[Need]) -> list[int]:
+    """Order in which requests take places: by the room they need, then by their prompt."""
+    return sorted(range(len(needs)), key=lambda i: (-needs[i].total, -needs[i].prompt, i))
+
+
+def block_shape(
+    policy: Policy, needs: Sequence[Need], *, token_bytes: int, hidden_bytes: int
+) -> tuple[MicroBatchPlan, ...]:
+    """The micro-batches of a block for these requests.
+
+    `token_bytes` is what a token's keys and values take in one layer, `hidden_bytes` its hidden.
+    """
+    first = [needs[index] for index in longest_first(needs)[: _num_places(policy)]]
+    size = policy.micro_batch_size
+    groups = [first[start : start + size] for start in range(0, len(first), size)]
+    longest_prompt = max(need.prompt for need in needs)
+    regions = [max(need.total for need in group) for group in groups]
+    tokens = [
+        min(policy.max_batch_tokens, max(len(group) * longest_prompt, len(group)))
+        for group in groups
+    ]
+    kv_sizes = [
+        region * token_bytes
+        for region, group in zip(regions, groups, strict=True)
+        for _ in group
+    ]
+    kv_homes = iter(deal_places("kv_cache", "row", policy.kv_cache, kv_sizes))
+    hidden_homes = deal_places(
+        "hidden", "micro-batch", policy.hidden, [num * hidden_bytes for num in tokens]
+    )
+    return tuple(
+        MicroBatchPlan(
+            index=index,
+            region_tokens=regions[index],
+            max_new_tokens=tokens[index],
+            kv_homes=tuple(next(kv_homes) for _ in group),
+            hidden_home=hidden_homes[index],
+        )
+        for index, group in enumerate(groups)
+    )
+
+
+def _num_places(policy: Policy) -> int:
+    return policy.micro_batch_size * policy.num_micro_batches

@@ -1,0 +1,164 @@
+"""Which tensor rests on which tier.
+
+Shares are asked of the whole model; tensors are whole. What rounding leaves over is carried from
+one tensor to the next, so that at every point of the model each tier holds what was asked within
+one tensor, and every layer streams about as much as its neighbours. Vectors (norms, biases) and
+position tables are a thousandth of the bytes: they stay beside the compute device and are left out
+of the shares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from flexpipe.errors import PolicyError
+from flexpipe.model.config import (
+    DTYPE_BYTES,
+    ModelConfig,
+    TensorSpec,
+    attention_tensors,
+    embed_tensors,
+    head_tensors,
+    mlp_tensors,
+)
+from flexpipe.plan.policy import Shares
+from flexpipe.plan.tier import Tier
+
+
+class Stored(Protocol):
+    """What a plan needs to know of a tensor in a checkpoint."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def path(self) -> object: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+
+
+@dataclass(slots=True)
+class Diffusion:
+    """Deals items of different sizes to tiers so that each tier's sum follows its share.
+
+    Two binary decisions, fastest tier first; each keeps the running sum within half an item of
+    what was asked (error diffusion), so the result is within one item on every tier.
+    """
+
+    shares: Shares
+    seen: int = 0
+    rest_seen: int = 0
+    given: dict[Tier, int] = field(default_factory=lambda: dict.fromkeys(Tier, 0))
+
+    def deal(self, size: int) -> Tier:
+        """The tier that takes the next item of `size` bytes."""
+        self.seen += size
+        if self._takes(Tier.GPU, self.shares.gpu, self.seen, size):
+            tier = Tier.GPU
+        else:
+            self.rest_seen += size
+            rest = self.shares.cpu + self.shares.disk
+            cpu = self.shares.cpu / rest if rest else 0.0
+            takes = self._takes(Tier.CPU, cpu, self.rest_seen, size)
+            tier = Tier.CPU if takes else Tier.DISK
+        self.given[tier] += size
+        return tier
+
+    def _takes(self, tier: Tier, share: float, seen: int, size: int) -> bool:
+        if share <= 0:
+            return False
+        return share >= 1 or self.given[tier] + size / 2 <= share * seen
+
+
+def check_all_given(what: str, unit: str, shares: Shares, given: Mapping[Tier, int]) -> None:
+    """A tier that was asked to hold something and got nothing is an error, not a surprise."""
+    for tier in shares.tiers:
+        if not given[tier]:
+            raise PolicyError(
+                f"{what}.{tier.value} asks for a share of {shares.of(tier):g}, but no whole {unit} "
+                f"fits it; raise the share, or set it to 0"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedTensor:
+    """A tensor and where it rests: its tier and the dtype it has there."""
+
+    spec: TensorSpec
+    home: Tier
+    dtype: str
+    stored: Stored
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes at home."""
+        return self.spec.num_elements * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """The home of each tensor, by checkpoint name, and what the shares became."""
+
+    tensors: Mapping[str, PlacedTensor]
+    asked: Shares
+    achieved_bytes: Mapping[Tier, int]  # of shared tensors, in checkpoint bytes
+
+
+def model_tensors(config: ModelConfig) -> tuple[TensorSpec, ...]:
+    """Every tensor of the model once, in the order of use (a tied head is the embedding)."""
+    specs: dict[str, TensorSpec] = {}
+    groups: list[Iterable[TensorSpec]] = [embed_tensors(config)]
+    for layer in range(config.num_layers):
+        groups += [attention_tensors(config, layer), mlp_tensors(config, layer)]
+    groups.append(head_tensors(config))
+    for group in groups:
+        for spec in group:
+            specs.setdefault(spec.name, spec)
+    return tuple(specs.values())
+
+
+def is_shared(spec: TensorSpec) -> bool:
+    """Whether the policy's shares decide the home of this tensor."""
+    return len(spec.shape) == 2 and spec.role != "embed_positions"
+
+
+def place_weights(
+    config: ModelConfig,
+    shares: Shares,
+    stored: Mapping[str, Stored],
+    *,
+    device_tier: Tier,
+    compute_dtype: str,
+    resident_dtype: str,
+) -> Placement:
+    """Deal the model's tensors to tiers.
+
+    Tensors at home on `device_tier` are held in the compute dtype unless `resident_dtype` is
+    "checkpoint"; tensors that travel are held in the smaller of checkpoint and compute dtype; on
+    disk they stay as they are.
+    """
+    diffusion = Diffusion(shares)
+    placed: dict[str, PlacedTensor] = {}
+    for spec in model_tensors(config):
+        source = stored[spec.name]
+        home = diffusion.deal(source.num_bytes) if is_shared(spec) else device_tier
+        dtype = source.dtype
+        if home == device_tier:
+            if resident_dtype == "compute" or not is_shared(spec):
+                dtype = compute_dtype
+        elif home == Tier.CPU and DTYPE_BYTES[compute_dtype] < DTYPE_BYTES[dtype]:
+            dtype = compute_dtype
+        placed[spec.name] = PlacedTensor(spec, home, dtype, source)
+    check_all_given("weights", "tensor", shares, diffusion.given)
+    return Placement(tensors=placed, asked=shares, achieved_bytes=dict(diffusion.given))
+
+
+def deal_places(what: str, unit: str, shares: Shares, sizes: Sequence[int]) -> tuple[Tier, ...]:
+    """Homes for a sequence of rows or micro-batches of the given bytes."""
+    diffusion = Diffusion(shares)
+    homes = tuple(diffusion.deal(size) for size in sizes)
+    check_all_given(what, unit, shares, diffusion.given)
+    return homes

@@ -1,0 +1,546 @@
+"""All that is known before a byte moves: homes, layers, pools, budgets.
+
+The pools sized here are the pools the runtime takes, to the byte. A plan that does not fit its
+budgets is refused before anything is loaded, with the shortfall per tier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+
+from flexpipe.errors import PlanError
+from flexpipe.model.config import (
+    DTYPE_BYTES,
+    ModelConfig,
+    attention_tensors,
+    embed_tensors,
+    head_tensors,
+    mlp_tensors,
+)
+from flexpipe.model.cost import batch_bytes, transient_bytes, workspace_bytes
+from flexpipe.plan.block import KV_PAGE, MicroBatchPlan, Need, block_shape
+from flexpipe.plan.layout import PACK_ALIGN, Part, SlotLayout, round_up, slot_layout
+from flexpipe.plan.placement import Placement, Stored, is_shared, place_weights
+from flexpipe.plan.policy import Policy
+from flexpipe.plan.tier import Tier
+from flexpipe.units import MIB, format_bytes
+
+NUM_KV_SLOTS = 3  # one loading, one in use, one being stored
+NUM_HIDDEN_SLOTS = 3
+NUM_STAGES = 2  # host buffers on the way between disk and accelerator: one fills, one drains
+NUM_EMBED_SLOTS = 2
+PROCESS_SLACK = 96 * MIB  # thread stacks, BLAS packing buffers, the allocator's free lists
+
+
+class LayerKind(StrEnum):
+    """What a layer of the stage computes."""
+
+    EMBED = "embed"
+    DECODER = "decoder"
+    ATTENTION = "attention"
+    MLP = "mlp"
+    HEAD = "head"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerPlan:
+    """One layer of the stage: its parts, and how those that travel lie in a slot.
+
+    `layer` is the decoder layer it belongs to. The head may come in slices of the vocabulary:
+    `vocab` is the range [start, stop) this one computes.
+    """
+
+    position: int
+    kind: LayerKind
+    resident: tuple[Part, ...]
+    streamed: SlotLayout
+    layer: int | None = None
+    vocab: tuple[int, int] | None = None
+
+    @property
+    def name(self) -> str:
+        if self.kind == LayerKind.HEAD and self.vocab is not None:
+            return f"head [{self.vocab[0]}:{self.vocab[1]}]"
+        if self.layer is None:
+            return self.kind.value
+        half = "" if self.kind == LayerKind.DECODER else f" {self.kind.value}"
+        return f"decoder {self.layer}{half}"
+
+    @property
+    def has_kv_cache(self) -> bool:
+        return self.kind in (LayerKind.DECODER, LayerKind.ATTENTION)
+
+    @property
+    def reads_disk(self) -> bool:
+        return bool(self.streamed.extents)
+
+    @property
+    def is_streamed(self) -> bool:
+        return bool(self.streamed.parts)
+
+    @property
+    def takes_hidden(self) -> bool:
+        """Whether it needs the hidden of the layer before (all but the first and later heads)."""
+        if self.kind == LayerKind.HEAD:
+            return self.vocab is not None and self.vocab[0] == 0
+        return self.kind != LayerKind.EMBED
+
+    @property
+    def leaves_hidden(self) -> bool:
+        return self.kind != LayerKind.HEAD
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolPlan:
+    """Bytes taken once, at start: `num_slots` equal slots on a tier."""
+
+    name: str
+    tier: Tier
+    slot_bytes: int
+    num_slots: int = 1
+
+    @property
+    def num_bytes(self) -> int:
+        return self.slot_bytes * self.num_slots
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Budgets:
+    """Bytes each tier may spend in this run; on disk only what the run itself writes.
+
+    `overhead` is what the process held on the cpu tier before the plan was made.
+    """
+
+    gpu: int
+    cpu: int
+    disk: int
+    overhead: int = 0
+
+    def of(self, tier: Tier) -> int:
+        num_bytes: int = getattr(self, tier.value)
+        return num_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A policy resolved for one stage, one model and one set of requests."""
+
+    config: ModelConfig
+    policy: Policy
+    device_tier: Tier
+    compute_dtype: str
+    placement: Placement
+    layers: tuple[LayerPlan, ...]
+    micro_batches: tuple[MicroBatchPlan, ...]
+    budgets: Budgets
+
+    @property
+    def streams_to_device(self) -> bool:
+        """Whether an accelerator computes, so that host memory is a hop away."""
+        return self.device_tier == Tier.GPU
+
+    @property
+    def compute_bytes(self) -> int:
+        return DTYPE_BYTES[self.compute_dtype]
+
+    @property
+    def token_bytes(self) -> int:
+        """Keys and values of one token in one layer."""
+        return kv_token_bytes(self.config, self.compute_dtype)
+
+    @property
+    def embed_home(self) -> Tier:
+        return self.placement.tensors[self.config.tensor_names["embed_tokens"]].home
+
+    @property
+    def embed_streams(self) -> bool:
+        """Whether embedding rows are fetched one micro-batch at a time."""
+        return self.embed_home != self.device_tier
+
+    @property
+    def prefetch_depth(self) -> int:
+        """Layers ahead whose weights are loaded; never a whole round."""
+        return min(self.policy.prefetch_depth, len(self.layers) - 1)
+
+    @property
+    def num_head_layers(self) -> int:
+        return sum(layer.kind == LayerKind.HEAD for layer in self.layers)
+
+    @cached_property
+    def num_weight_slots(self) -> int:
+        """Streamed layers that can be in flight or in use at once."""
+        count, depth = len(self.layers), self.prefetch_depth
+        streamed = [layer.is_streamed for layer in self.layers]
+        return max(
+            sum(streamed[(first + ahead) % count] for ahead in range(depth + 1))
+            for first in range(count)
+        )
+
+    def slot_places(self, mb: MicroBatchPlan) -> tuple[int, ...]:
+        """Places whose KV cache passes through a slot, in the order they lie there."""
+        off_device = (tier for tier in Tier if tier != self.device_tier)
+        return tuple(place for tier in off_device for place in mb.places(tier))
+
+    def slot_region_bytes(self, mb: MicroBatchPlan) -> int:
+        """Distance between two rows in a KV slot."""
+        return mb.region_bytes(Tier.DISK, self.token_bytes)
+
+    @cached_property
+    def pools(self) -> tuple[PoolPlan, ...]:
+        """Every byte the runtime will take, pool by pool."""
+        made = [
+            *self._weight_pools(),
+            *self._kv_pools(),
+            *self._hidden_pools(),
+            *self._compute_pools(),
+        ]
+        return tuple(pool for pool in made if pool.num_bytes)
+
+    def tier_bytes(self, tier: Tier) -> int:
+        """Planned peak on a tier, the process's own overhead included."""
+        total = sum(pool.num_bytes for pool in self.pools if pool.tier == tier)
+        if tier == self.device_tier:
+            total += self.transient_bytes
+        if tier == Tier.CPU:
+            total += self.budgets.overhead + PROCESS_SLACK
+        return total
+
+    def shortfalls(self) -> dict[Tier, int]:
+        """Bytes missing per tier; empty when the plan fits."""
+        missing = {tier: self.tier_bytes(tier) - self.budgets.of(tier) for tier in Tier}
+        return {tier: num_bytes for tier, num_bytes in missing.items() if num_bytes > 0}
+
+    def describe(self, tier: Tier) -> str:
+        """What the tier would hold, largest first, for messages."""
+        parts = sorted(
+            ((pool.num_bytes, pool.name) for pool in self.pools if pool.tier == tier), reverse=True
+        )
+        if tier == self.device_tier:
+            parts.append((self.transient_bytes, "temporaries"))
+        if tier == Tier.CPU:
+            parts.append((self.budgets.overhead + PROCESS_SLACK, "process"))
+        return ", ".join(f"{name} {format_bytes(size)}" for size, name in parts)
+
+    def _weight_pools(self) -> list[PoolPlan]:
+        device = self.device_tier
+        resident = {
+            part.tensor.spec.name: round_up(part.tensor.num_bytes, PACK_ALIGN)
+            for layer in self.layers
+            for part in layer.resident
+        }
+        slot_bytes = max(layer.streamed.num_bytes for layer in self.layers)
+        stage_bytes = max(layer.streamed.read_bytes for layer in self.layers)
+        pools = [
+            PoolPlan(name="weights", tier=device, slot_bytes=sum(resident.values())),
+            PoolPlan(
+                name="weight slots",
+                tier=device,
+                slot_bytes=slot_bytes,
+                num_slots=self.num_weight_slots,
+            ),
+        ]
+        if self.streams_to_device:
+            pools += [
+                PoolPlan(name="weights", tier=Tier.CPU, slot_bytes=sum(self.host_slabs.values())),
+                PoolPlan(
+                    name="weight staging",
+                    tier=Tier.CPU,
+                    slot_bytes=stage_bytes,
+                    num_slots=NUM_STAGES,
+                ),
+            ]
+        return pools
+
+    @cached_property
+    def host_slabs(self) -> dict[str, int]:
+        """Bytes of host memory that weights travel from, by owner.
+
+        A layer's tensors are one slab, so that its load is one move. What the head's slices or the
+        embedding use is a slab per tensor, by tensor name: a tied one serves both.
+        """
+        slabs = {}
+        for layer in self.layers:
+            if layer.kind != LayerKind.HEAD:
+                slabs[layer.name] = layer.streamed.pack_bytes
+                continue
+            for part in layer.streamed.parts:
+                if part.tensor.home == Tier.CPU:
+                    name = part.tensor.spec.name
+                    slabs[name] = round_up(part.tensor.num_bytes, PACK_ALIGN)
+        embed = self.placement.tensors[self.config.tensor_names["embed_tokens"]]
+        if self.embed_streams and embed.home == Tier.CPU:
+            slabs[embed.spec.name] = round_up(embed.num_bytes, PACK_ALIGN)
+        return {name: num_bytes for name, num_bytes in slabs.items() if num_bytes}
+
+    def _kv_pools(self) -> list[PoolPlan]:
+        layers, token_bytes = self.config.num_layers, self.token_bytes
+        pools = []
+        for tier in Tier:
+            rooms = (
+                len(mb.places(tier)) * mb.region_bytes(tier, token_bytes)
+                for mb in self.micro_batches
+            )
+            pools.append(PoolPlan(name="KV cache", tier=tier, slot_bytes=layers * sum(rooms)))
+        slot = max(
+            len(self.slot_places(mb)) * self.slot_region_bytes(mb) for mb in self.micro_batches
+        )
+        on_disk = sum(len(mb.places(Tier.DISK)) for mb in self.micro_batches)
+        stage = max(
+            len(mb.places(Tier.DISK)) * self.slot_region_bytes(mb) for mb in self.micro_batches
+        )
+        pools += [
+            PoolPlan(
+                name="KV slots", tier=self.device_tier, slot_bytes=slot, num_slots=NUM_KV_SLOTS
+            ),
+            PoolPlan(name="KV tail pages", tier=Tier.CPU, slot_bytes=on_disk * layers * KV_PAGE),
+        ]
+        if self.streams_to_device:
+            pools.append(
+                PoolPlan(
+                    name="KV staging", tier=Tier.CPU, slot_bytes=stage, num_slots=2 * NUM_STAGES
+                )
+            )
+        return pools
+
+    def hidden_bytes(self, mb: MicroBatchPlan) -> int:
+        """Room of one micro-batch's hidden, in whole blocks of the disk."""
+        return round_up(mb.max_new_tokens * self.config.hidden_size * self.compute_bytes, 4096)
+
+    def _hidden_pools(self) -> list[PoolPlan]:
+        pools = []
+        for tier in Tier:
+            sizes = [self.hidden_bytes(mb) for mb in self.micro_batches if mb.hidden_home == tier]
+            pools.append(PoolPlan(name="hidden", tier=tier, slot_bytes=sum(sizes)))
+        off = [self.hidden_bytes(m) for m in self.micro_batches if m.hidden_home != self.device_tier]
+        disk = [self.hidden_bytes(m) for m in self.micro_batches if m.hidden_home == Tier.DISK]
+        if off:
+            pools.append(
+                PoolPlan(
+                    name="hidden slots",
+                    tier=self.device_tier,
+                    slot_bytes=max(off),
+                    num_slots=NUM_HIDDEN_SLOTS,
+                )
+            )
+        if disk and self.streams_to_device:
+            pools.append(
+                PoolPlan(
+                    name="hidden staging",
+                    tier=Tier.CPU,
+                    slot_bytes=max(disk),
+                    num_slots=2 * NUM_STAGES,
+                )
+            )
+        return pools
+
+    @property
+    def embed_slot_bytes(self) -> int:
+        """Room for the embedding rows of the largest micro-batch, as they travel."""
+        if not self.embed_streams:
+            return 0
+        embed = self.placement.tensors[self.config.tensor_names["embed_tokens"]]
+        tokens = max(mb.max_new_tokens for mb in self.micro_batches)
+        return round_up(tokens * self.config.input_size * DTYPE_BYTES[embed.dtype], 64)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Temporaries of the largest compute op."""
+        convert = [
+            part.tensor.spec.num_elements // part.tensor.spec.shape[0] * part.shape[0]
+            for layer in self.layers
+            for part in (*layer.resident, *layer.streamed.parts)
+            if part.tensor.dtype != self.compute_dtype and part.tensor.spec.role != "embed_tokens"
+        ]
+        return workspace_bytes(
+            self.config,
+            num_tokens=max(mb.max_new_tokens for mb in self.micro_batches),
+            num_rows=max(mb.num_places for mb in self.micro_batches),
+            compute_bytes=self.compute_bytes,
+            max_convert_elements=max(convert, default=0),
+            wire_bytes=max(DTYPE_BYTES[placed.dtype] for placed in self.placement.tensors.values()),
+        )
+
+    @property
+    def transient_bytes(self) -> int:
+        """What torch takes and frees itself: masks and positions of a step, kernels' temporaries."""
+        num_tokens = max(mb.max_new_tokens for mb in self.micro_batches)
+        num_rows = max(mb.num_places for mb in self.micro_batches)
+        length = max(mb.region_tokens for mb in self.micro_batches)
+        kept = sum(
+            batch_bytes(
+                self.config,
+                num_tokens=mb.max_new_tokens,
+                num_rows=mb.num_places,
+                max_length=mb.region_tokens,
+                compute_bytes=self.compute_bytes,
+            )
+            for mb in self.micro_batches
+        )
+        return kept + transient_bytes(
+            self.config,
+            num_tokens=num_tokens,
+            num_rows=num_rows,
+            max_length=length,
+            compute_bytes=self.compute_bytes,
+        )
+
+    @property
+    def num_logits(self) -> int:
+        """Logits buffers: one, unless a sliced head fills several micro-batches' in turn."""
+        return 1 if self.num_head_layers == 1 else len(self.micro_batches)
+
+    def _compute_pools(self) -> list[PoolPlan]:
+        device, rows = self.device_tier, max(mb.num_places for mb in self.micro_batches)
+        count = len(self.micro_batches)
+        pools = [
+            PoolPlan(name="workspace", tier=device, slot_bytes=self.workspace_bytes),
+            PoolPlan(
+                name="logits",
+                tier=device,
+                slot_bytes=round_up(rows * self.config.vocab_size * self.compute_bytes, 64),
+                num_slots=self.num_logits,
+            ),
+            PoolPlan(
+                name="head input",
+                tier=device,
+                slot_bytes=round_up(rows * self.config.input_size * self.compute_bytes, 64),
+                num_slots=count,
+            ),
+            PoolPlan(
+                name="embedding slots",
+                tier=device,
+                slot_bytes=self.embed_slot_bytes,
+                num_slots=NUM_EMBED_SLOTS,
+            ),
+        ]
+        if self.streams_to_device:
+            pools.append(
+                PoolPlan(
+                    name="embedding staging",
+                    tier=Tier.CPU,
+                    slot_bytes=self.embed_slot_bytes,
+                    num_slots=NUM_STAGES,
+                )
+            )
+        return pools
+
+
+def kv_token_bytes(config: ModelConfig, dtype: str) -> int:
+    """Keys and values of one token in one layer."""
+    return 2 * config.num_kv_heads * config.head_dim * DTYPE_BYTES[dtype]
+
+
+def make_plan(
+    config: ModelConfig,
+    policy: Policy,
+    needs: Sequence[Need],
+    stored: Mapping[str, Stored],
+    budgets: Budgets,
+    *,
+    device_tier: Tier,
+    compute_dtype: str,
+) -> Plan:
+    """Resolve a policy; whether it fits is `Plan.shortfalls`' answer."""
+    placement = place_weights(
+        config,
+        policy.weights,
+        stored,
+        device_tier=device_tier,
+        compute_dtype=compute_dtype,
+        resident_dtype=policy.resident_dtype,
+    )
+    micro_batches = block_shape(
+        policy,
+        needs,
+        token_bytes=kv_token_bytes(config, compute_dtype),
+        hidden_bytes=config.hidden_size * DTYPE_BYTES[compute_dtype],
+    )
+    return Plan(
+        config=config,
+        policy=policy,
+        device_tier=device_tier,
+        compute_dtype=compute_dtype,
+        placement=placement,
+        layers=_layers(config, policy, placement, device_tier),
+        micro_batches=micro_batches,
+        budgets=budgets,
+    )
+
+
+def check_fits(plan: Plan, advice: str) -> None:
+    """Raise PlanError with the shortfall per tier, and what would fit."""
+    missing = plan.shortfalls()
+    if not missing:
+        return
+    lines = [
+        f"{tier.value} needs {format_bytes(plan.tier_bytes(tier))}, {format_bytes(num_bytes)} more "
+        f"than its budget of {format_bytes(plan.budgets.of(tier))} ({plan.describe(tier)})"
+        for tier, num_bytes in missing.items()
+    ]
+    raise PlanError("the plan does not fit: " + "; ".join(lines) + f". {advice}")
+
+
+def _layers(
+    config: ModelConfig, policy: Policy, placement: Placement, device_tier: Tier
+) -> tuple[LayerPlan, ...]:
+    layers: list[LayerPlan] = []
+
+    def add(kind: LayerKind, parts: Sequence[Part], **where: object) -> None:
+        resident = tuple(part for part in parts if part.tensor.home == device_tier)
+        streamed = slot_layout([part for part in parts if part.tensor.home != device_tier])
+        layers.append(
+            LayerPlan(
+                position=len(layers),
+                kind=kind,
+                resident=resident,
+                streamed=streamed,
+                **where,  # type: ignore[arg-type]
+            )
+        )
+
+    embed = [
+        Part(placement.tensors[spec.name])
+        for spec in embed_tensors(config)
+        # rows of an embedding elsewhere are fetched, not streamed as a layer
+        if spec.role != "embed_tokens" or placement.tensors[spec.name].home == device_tier
+    ]
+    add(LayerKind.EMBED, embed)
+    for layer in range(config.num_layers):
+        attention = [Part(placement.tensors[s.name]) for s in attention_tensors(config, layer)]
+        mlp = [Part(placement.tensors[s.name]) for s in mlp_tensors(config, layer)]
+        if policy.separate_layers:
+            add(LayerKind.ATTENTION, attention, layer=layer)
+            add(LayerKind.MLP, mlp, layer=layer)
+        else:
+            add(LayerKind.DECODER, [*attention, *mlp], layer=layer)
+    for vocab, parts in _head_slices(config, placement, device_tier, layers):
+        add(LayerKind.HEAD, parts, vocab=vocab)
+    return tuple(layers)
+
+
+def _head_slices(
+    config: ModelConfig, placement: Placement, device_tier: Tier, layers: Sequence[LayerPlan]
+) -> list[tuple[tuple[int, int], list[Part]]]:
+    """The head in slices no larger than the largest streamed layer; whole where it is at home."""
+    specs = head_tensors(config)
+    head = placement.tensors[specs[-1].name]
+    first = [Part(placement.tensors[spec.name]) for spec in specs[:-1]]
+    vocab = config.vocab_size
+    if head.home == device_tier:
+        return [((0, vocab), [*first, Part(head)])]
+    largest_matrix = max(
+        placed.num_bytes for placed in placement.tensors.values() if placed is not head
+        and is_shared(placed.spec)
+    )
+    room = max((layer.streamed.num_bytes for layer in layers), default=0)
+    room = max(room, largest_matrix)
+    rows = max(1, vocab // max(1, -(-head.num_bytes // room)))
+    starts = range(0, vocab, rows)
+    slices = []
+    for start in starts:
+        stop = min(start + rows, vocab)
+        slices.append(((start, stop), [*(first if start == 0 else ()), Part(head, start, stop)]))
+    return slices

@@ -1,0 +1,230 @@
+"""Puts ops on lanes as what they wait for is done.
+
+The dispatcher takes ops in issue order, a bounded number ahead, and counts for each the dependencies
+that the host must wait for. At zero the op enters its lane. An op on a stream counts as met once it is
+issued: other streams wait for its event on the device, threads wait for it themselves.
+
+The first failure stops every lane and is told with its op; nothing that is still queued is performed.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from flexpipe.errors import FlexpipeError, RunError
+from flexpipe.memory.disk import Stopped
+from flexpipe.runtime.device import Device
+from flexpipe.runtime.lane import StreamLane, ThreadLane
+from flexpipe.runtime.record import Recorder
+from flexpipe.schedule.op import Kind, Lane, Op
+
+RUN_AHEAD = 512  # ops submitted and not done; bounds memory, far above what hides latency
+_KEPT_EVENTS = 4 * RUN_AHEAD
+_JOIN_TIMEOUT_S = 30.0
+
+STREAMS = (Lane.COMPUTE, Lane.LOAD_WEIGHT, Lane.LOAD_CACHE, Lane.STORE_CACHE)
+HOST_LANES = (Lane.DISK_READ, Lane.DISK_WRITE, Lane.HOST)
+
+
+@dataclass(slots=True)
+class _Pending:
+    op: Op
+    num_unmet: int
+    dependents: list[int] = field(default_factory=list)
+
+
+class Dispatcher:
+    """Runs one stream of ops to its end."""
+
+    def __init__(
+        self,
+        device: Device,
+        perform: Callable[[Op], None],
+        recorder: Recorder,
+        *,
+        describe: Callable[[Op], str] = str,
+        num_threads: int = 1,
+    ) -> None:
+        self._device = device
+        self._describe = describe
+        self._recorder = recorder
+        self._changed = threading.Condition()
+        self._pending: dict[int, _Pending] = {}
+        self._events: dict[int, torch.Event] = {}
+        self._to_issue: deque[Op] = deque()
+        self._num_commits = 0
+        self._waiting = False
+        self._failure: tuple[Op, BaseException] | None = None
+        self._streams: dict[Lane, StreamLane] = {}
+        self._threads: dict[Lane, ThreadLane] = {}
+        for lane in Lane:
+            if device.has_streams and lane in STREAMS:
+                self._streams[lane] = StreamLane(lane, device.torch_device, perform, recorder)
+            elif device.tier.value == "gpu" or lane in (*HOST_LANES, Lane.COMPUTE):
+                self._threads[lane] = ThreadLane(
+                    lane,
+                    perform,
+                    self._done,
+                    self._failed,
+                    recorder,
+                    num_threads=num_threads if lane == Lane.COMPUTE else 1,
+                )
+
+    def run(self, ops: Iterator[Op | None]) -> float:
+        """Perform all ops; returns the seconds it took. Loads nobody waits for any more are dropped.
+
+        Raises RunError, naming the op, for whatever an op raised.
+        """
+        start = time.perf_counter()
+        self._start(start)
+        try:
+            self._feed(ops)
+        finally:
+            self._device.stop.set()
+            self._end()
+        if self._failure is not None:
+            raise _told(*self._failure, self._describe)
+        return time.perf_counter() - start
+
+    @property
+    def stuck(self) -> list[Lane]:
+        """Lanes whose thread has not ended."""
+        return [lane for lane, thread in self._threads.items() if not thread.join(0)]
+
+    def _start(self, start: float) -> None:
+        for thread in self._threads.values():
+            thread.start(start)
+        if self._streams:
+            origin = torch.Event(self._device.torch_device, enable_timing=True)
+            torch.accelerator.synchronize()
+            origin.record(torch.accelerator.current_stream())
+            for stream in self._streams.values():
+                stream.start(origin)
+
+    def _feed(self, ops: Iterator[Op | None]) -> None:
+        while True:
+            seen = self._num_commits  # read before asking, or a commit in between would be missed
+            try:
+                op = next(ops)
+            except StopIteration:
+                return
+            if op is None:
+                if not self._wait(lambda: self._num_commits != seen):  # noqa: B023
+                    return
+                continue
+            self._submit(op)
+            if len(self._pending) >= RUN_AHEAD:
+                if not self._wait(lambda: len(self._pending) < RUN_AHEAD * 3 // 4):
+                    return
+            elif self._failure is not None:
+                return
+
+    def _wait(self, ready: Callable[[], bool]) -> bool:
+        """Issue to streams and sleep until `ready`; False when the run failed."""
+        while True:
+            self._issue_all()
+            with self._changed:
+                if self._failure is not None:
+                    return False
+                if ready():
+                    return True
+                if not self._to_issue:
+                    self._waiting = True
+                    self._changed.wait()
+                    self._waiting = False
+
+    def _submit(self, op: Op) -> None:
+        with self._changed:
+            entry = _Pending(op, 0)
+            for wait in op.waits_for:
+                before = self._pending.get(wait.op)
+                if before is not None:
+                    before.dependents.append(op.id)
+                    entry.num_unmet += 1
+            self._pending[op.id] = entry
+            if not entry.num_unmet:
+                self._enter(op)
+        self._issue_all()
+
+    def _enter(self, op: Op) -> None:
+        """Called with the lock: nothing on the host keeps `op` from its lane."""
+        thread = self._threads.get(op.lane)
+        if thread is None:
+            self._to_issue.append(op)
+            return
+        thread.put(op, self._events_of(op) if self._streams else ())
+
+    def _events_of(self, op: Op) -> list[torch.Event]:
+        events = (self._events.get(wait.op) for wait in op.waits_for)
+        return [event for event in events if event is not None]
+
+    def _issue_all(self) -> None:
+        """Put onto streams what may go there; only the dispatcher's thread does, without the lock."""
+        while self._to_issue and self._failure is None:
+            with self._changed:
+                op = self._to_issue.popleft()
+                events = self._events_of(op)
+            try:
+                event = self._streams[op.lane].issue(op, events)
+            except BaseException as error:
+                self._failed(op, error)
+                return
+            with self._changed:
+                self._events[op.id] = event
+                if len(self._events) > _KEPT_EVENTS:
+                    self._events = {key: e for key, e in self._events.items() if not e.query()}
+                self._met(op)
+
+    def _done(self, op: Op) -> None:
+        with self._changed:
+            self._met(op)
+            if self._waiting:
+                self._changed.notify()
+
+    def _met(self, op: Op) -> None:
+        if op.kind == Kind.COMMIT:
+            self._num_commits += 1
+        for dependent in self._pending.pop(op.id).dependents:
+            entry = self._pending[dependent]
+            entry.num_unmet -= 1
+            if not entry.num_unmet:
+                self._enter(entry.op)
+
+    def _failed(self, op: Op, error: BaseException) -> None:
+        with self._changed:
+            self._fail(op, error)
+            self._changed.notify()
+
+    def _fail(self, op: Op, error: BaseException) -> None:
+        """Remember the first failure and stop every wait of the run."""
+        if self._failure is None and not (isinstance(error, Stopped) and self._device.stop.is_set()):
+            self._failure = (op, error)
+        self._device.stop.set()
+
+    def _end(self) -> None:
+        for thread in self._threads.values():
+            thread.quit()
+        limit = time.perf_counter() + _JOIN_TIMEOUT_S
+        for thread in self._threads.values():
+            thread.join(max(0.0, limit - time.perf_counter()))
+        if self._failure is None:
+            for stream in self._streams.values():
+                stream.collect(wait=True)
+
+
+def _told(op: Op, error: BaseException, describe: Callable[[Op], str]) -> FlexpipeError:
+    reason = str(error) or type(error).__name__
+    if not isinstance(error, FlexpipeError):
+        reason = f"{type(error).__name__}: {reason}"
+    kind = type(error) if isinstance(error, RunError) else RunError
+    told = kind(f"{describe(op)} failed: {reason}")
+    told.__cause__ = error
+    return told
+
+

@@ -1,0 +1,54 @@
+"""Runs the ops of a plan on a device: stage, lanes, dispatcher, put together once per run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from flexpipe.plan.plan import Plan
+from flexpipe.runtime.device import Device
+from flexpipe.runtime.dispatcher import Dispatcher
+from flexpipe.runtime.record import Recorder
+from flexpipe.runtime.stage import Stage
+from flexpipe.schedule.build import MicroBatches, schedule
+from flexpipe.schedule.op import Op
+
+Steps = Callable[[int], MicroBatches | None]
+ChangeOps = Callable[[Iterable[Op | None]], Iterable[Op | None]]
+
+
+def execute(
+    plan: Plan,
+    device: Device,
+    stage: Stage,
+    steps: Steps,
+    recorder: Recorder,
+    *,
+    change_ops: ChangeOps | None = None,
+) -> float:
+    """Run a job's steps to the end; returns seconds. `change_ops` is for tests: it may alter ops."""
+    ops: Iterable[Op | None] = schedule(plan, steps)
+    if change_ops is not None:
+        ops = change_ops(ops)
+    with single_threaded() as num_threads, torch.inference_mode():
+        dispatcher = Dispatcher(
+            device,
+            stage.perform,
+            recorder,
+            describe=stage.describe,
+            num_threads=num_threads,
+        )
+        return dispatcher.run(iter(ops))
+
+
+@contextmanager
+def single_threaded() -> Iterator[int]:
+    """Leave torch's intra-op threads to the compute lane; yields their number."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield num_threads
+    finally:
+        torch.set_num_threads(num_threads)

@@ -1,0 +1,55 @@
+"""What the lanes did and when, from clocks.
+
+Sums per kind of op are always kept; single ops only while tracing, or while a benchmark asks. Times
+are seconds since the run's start.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from flexpipe.schedule.op import LANE_OF, Kind, Lane, Op
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One op on its lane."""
+
+    op: Op
+    start_s: float
+    end_s: float
+
+
+class Recorder:
+    """Collects the times of all ops; every lane reports here."""
+
+    def __init__(self, *, keep_spans: bool) -> None:
+        self.spans: list[Span] = []
+        self._keep = keep_spans
+        self._lock = threading.Lock()
+        self._num_ops: dict[Kind, int] = defaultdict(int)
+        self._busy_s: dict[Kind, float] = defaultdict(float)
+
+    def add(self, op: Op, start_s: float, end_s: float) -> None:
+        with self._lock:
+            self._num_ops[op.kind] += 1
+            self._busy_s[op.kind] += end_s - start_s
+            if self._keep:
+                self.spans.append(Span(op, start_s, end_s))
+
+    @property
+    def num_ops(self) -> Mapping[Kind, int]:
+        return self._num_ops
+
+    @property
+    def busy_s(self) -> Mapping[Kind, float]:
+        return self._busy_s
+
+    def lane_busy_s(self, lane: Lane) -> float:
+        return sum(busy for kind, busy in self._busy_s.items() if LANE_OF[kind] == lane)
+
+    def lane_ops(self, lane: Lane) -> int:
+        return sum(count for kind, count in self._num_ops.items() if LANE_OF[kind] == lane)

@@ -1,0 +1,439 @@
+"""What each op does: the one place where a schedule meets tensors.
+
+A stage holds the pools of a plan and performs ops on them, whatever lane calls. It decides no order:
+that an op finds its inputs ready is the schedule's promise.
+
+Shapes: T new tokens, E embedding width, H hidden size, R sampled rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from flexpipe.memory.disk import DiskCounter, DiskFile, DiskReader
+from flexpipe.memory.hidden import HiddenStore
+from flexpipe.memory.kv_cache import KvCache, RowRun
+from flexpipe.memory.link import wait_until
+from flexpipe.memory.tier import TierMemory, torch_dtype, typed
+from flexpipe.memory.weights import LayerParts, WeightStore
+from flexpipe.model import segments
+from flexpipe.model.batch import Batch, RopeTable, RowSpan
+from flexpipe.model.cost import decoder_flops, head_flops, mlp_flops, num_attended
+from flexpipe.model.sampling import greedy
+from flexpipe.model.workspace import Workspace
+from flexpipe.plan.plan import LayerKind, LayerPlan, Plan, PoolPlan
+from flexpipe.plan.tier import Tier
+from flexpipe.runtime.device import Device
+from flexpipe.schedule.op import Kind, Op
+from flexpipe.schedule.step import MicroBatch, Row
+
+OpHook = Callable[[Op], None]
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """A row's next token; without meaning where its logits were not finite."""
+
+    row: Row
+    token: int
+    is_finite: bool
+
+
+Commit = Callable[[MicroBatch, Sequence[SampledToken]], None]
+
+
+@dataclass(slots=True)
+class _Layout:
+    """A micro-batch of one step as compute sees it; the batch itself is made by its first COMPUTE."""
+
+    source: MicroBatch
+    runs: tuple[RowRun, ...]
+    ids_T: Tensor
+    sampled: tuple[Row, ...]
+    batch: Batch | None = None
+    tokens: tuple[Tensor, Tensor] | None = None
+
+
+class Stage:
+    """The tensors of one stage, and the ops' work on them."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        device: Device,
+        *,
+        kv_file: DiskFile | None,
+        hidden_file: DiskFile | None,
+        commit: Commit,
+        before_op: OpHook | None = None,
+        poison: bool = False,
+    ) -> None:
+        """Take every pool. `before_op` and `poison` are for tests: a hook called first in every op,
+        and slots that hold rubbish until they are filled."""
+        self.plan = plan
+        self._device = device
+        self._commit_rows = commit
+        self._before_op = before_op
+        self._poison = poison
+        self.memory = TierMemory(device.torch_device, pin=plan.policy.pin_weights)
+        self._reader = DiskReader(counter=DiskCounter(), stop=device.stop)
+        self.weights = WeightStore(plan, self.memory, self._reader)
+        self.kv_cache = KvCache(plan, self.memory, kv_file)
+        self._hidden = HiddenStore(plan, self.memory, hidden_file)
+        self._dtype = torch_dtype(plan.compute_dtype)
+        self._take_compute_pools()
+        config = plan.config
+        self._rope = (
+            RopeTable.build(config.rope, config.head_dim, device.torch_device)
+            if config.rope
+            else None
+        )
+        self._layouts: dict[int, _Layout] = {}
+        self._lock = threading.Lock()
+        self._work: dict[Kind, Callable[[Op], None]] = {
+            Kind.READ_WEIGHT: self._read_weight,
+            Kind.LOAD_WEIGHT: self._load_weight,
+            Kind.READ_EMBED: self._read_embed,
+            Kind.LOAD_EMBED: self._load_embed,
+            Kind.READ_CACHE: self._read_cache,
+            Kind.LOAD_CACHE: self._load_cache,
+            Kind.STORE_CACHE: self._store_cache,
+            Kind.WRITE_CACHE: self._write_cache,
+            Kind.READ_HIDDEN: self._read_hidden,
+            Kind.LOAD_HIDDEN: self._load_hidden,
+            Kind.STORE_HIDDEN: self._store_hidden,
+            Kind.WRITE_HIDDEN: self._write_hidden,
+            Kind.COMPUTE: self._compute,
+            Kind.SAMPLE: self._sample,
+            Kind.FETCH_TOKENS: self._fetch_tokens,
+            Kind.COMMIT: self._commit,
+            Kind.BARRIER: lambda op: None,
+        }
+
+    def load(self, progress: Callable[[int], None]) -> None:
+        """Bring the weights home; `progress` is told the bytes read."""
+        with torch.inference_mode():
+            self.weights.load(progress)
+
+    def perform(self, op: Op) -> None:
+        """Do what `op` says, in the calling thread or on the current stream."""
+        if self._before_op is not None:
+            self._before_op(op)
+        self._work[op.kind](op)
+
+    def describe(self, op: Op) -> str:
+        """An op for messages, its layer by name."""
+        mb = "" if op.batch is None else f", micro-batch {op.batch.index}"
+        return f"{op.kind.value} of {self._layer(op).name} (step {op.step}{mb})"
+
+    def close(self) -> None:
+        self._reader.close()
+        self.memory.close()
+
+    # moves
+
+    def _read_weight(self, op: Op) -> None:
+        start = time.perf_counter()
+        if self._poison and op.weight_slot is not None:
+            self.weights.poison(op.weight_slot)
+        num_bytes = self.weights.read(self._layer(op), slot=op.weight_slot, stage=op.stage_slot)
+        self._device.disk_read.deliver(num_bytes, start)
+
+    def _load_weight(self, op: Op) -> None:
+        start = time.perf_counter()
+        assert op.weight_slot is not None
+        if self._poison:
+            self.weights.poison(op.weight_slot)
+        num_bytes = self.weights.load_layer(
+            self._layer(op), op.weight_slot, op.stage_slot, self._device.copy
+        )
+        self._device.h2d.deliver(num_bytes, start)
+
+    def _read_embed(self, op: Op) -> None:
+        start = time.perf_counter()
+        layout = self._layout(op)
+        rows_TE = self._embed_rows(op, on_stage=self.plan.streams_to_device)
+        num_bytes = self.weights.embedding_rows(layout.ids_T, rows_TE)
+        self._device.disk_read.deliver(num_bytes, start)
+
+    def _load_embed(self, op: Op) -> None:
+        start = time.perf_counter()
+        source = self._embed_rows(op, on_stage=True)
+        self._device.copy(self._embed_rows(op, on_stage=False), source)
+        self._device.h2d.deliver(source.nbytes, start)
+
+    def _read_cache(self, op: Op) -> None:
+        start = time.perf_counter()
+        if self._poison and op.kv_slot is not None:
+            self.kv_cache.poison(op.kv_slot)
+        num_bytes = self.kv_cache.read(
+            self._rows(op), self._decoder(op), slot=op.kv_slot, stage=op.stage_slot
+        )
+        self._device.disk_read.deliver(num_bytes, start)
+
+    def _load_cache(self, op: Op) -> None:
+        start = time.perf_counter()
+        assert op.kv_slot is not None
+        if self._poison:
+            self.kv_cache.poison(op.kv_slot)
+        num_bytes = self.kv_cache.load(
+            self._rows(op),
+            self._decoder(op),
+            slot=op.kv_slot,
+            stage=op.stage_slot,
+            copy=self._device.copy,
+        )
+        self._device.h2d.deliver(num_bytes, start)
+
+    def _store_cache(self, op: Op) -> None:
+        start = time.perf_counter()
+        assert op.kv_slot is not None
+        num_bytes = self.kv_cache.store(
+            self._rows(op),
+            self._decoder(op),
+            slot=op.kv_slot,
+            stage=op.stage_slot,
+            copy=self._device.copy,
+        )
+        self._device.d2h.deliver(num_bytes, start)
+
+    def _write_cache(self, op: Op) -> None:
+        start = time.perf_counter()
+        num_bytes = self.kv_cache.write(
+            self._rows(op), self._decoder(op), slot=op.kv_slot, stage=op.stage_slot
+        )
+        self._device.disk_write.deliver(num_bytes, start)
+
+    def _read_hidden(self, op: Op) -> None:
+        start = time.perf_counter()
+        num_bytes = self._hidden.read(self._rows(op), slot=op.hidden_slot, stage=op.stage_slot)
+        self._device.disk_read.deliver(num_bytes, start)
+
+    def _load_hidden(self, op: Op) -> None:
+        start = time.perf_counter()
+        assert op.hidden_slot is not None
+        if self._poison:
+            self._hidden.poison(op.hidden_slot)
+        num_bytes = self._hidden.load(
+            self._rows(op), slot=op.hidden_slot, stage=op.stage_slot, copy=self._device.copy
+        )
+        self._device.h2d.deliver(num_bytes, start)
+
+    def _store_hidden(self, op: Op) -> None:
+        start = time.perf_counter()
+        assert op.hidden_slot is not None
+        num_bytes = self._hidden.store(
+            self._rows(op), slot=op.hidden_slot, stage=op.stage_slot, copy=self._device.copy
+        )
+        self._device.d2h.deliver(num_bytes, start)
+
+    def _write_hidden(self, op: Op) -> None:
+        start = time.perf_counter()
+        num_bytes = self._hidden.write(self._rows(op), slot=op.hidden_slot, stage=op.stage_slot)
+        self._device.disk_write.deliver(num_bytes, start)
+
+    # compute
+
+    def _compute(self, op: Op) -> None:
+        start = time.perf_counter()
+        layer, layout = self._layer(op), self._layout(op)
+        parts = self.weights.layer(layer, op.weight_slot)
+        hidden_TH = self._hidden.view(self._rows(op), op.hidden_slot) if op.layer == 0 or (
+            layer.takes_hidden
+        ) else None
+        if layout.batch is None:
+            layout.batch = self._make_batch(layout)
+        self._workspace.reset()
+        if layer.kind == LayerKind.EMBED:
+            assert hidden_TH is not None
+            self._compute_embed(op, layout, parts, hidden_TH)
+        elif layer.kind == LayerKind.HEAD:
+            self._compute_head(op, layer, layout, parts, hidden_TH)
+        else:
+            assert hidden_TH is not None
+            self._compute_decoder(op, layer, layout, parts, hidden_TH)
+        if self._device.flops_per_s is not None:
+            flops = self.flops(op)
+            wait_until(start + flops / self._device.flops_per_s, self._device.stop)
+
+    def _compute_embed(
+        self, op: Op, layout: _Layout, parts: LayerParts, hidden_TH: Tensor
+    ) -> None:
+        assert layout.batch is not None and isinstance(parts.weights, segments.EmbedWeights)
+        if parts.embed_tokens is None:
+            rows_TE = self._embed_rows(op, on_stage=False)
+        else:
+            ids_T = self._to_device(layout.ids_T)
+            rows_TE = torch.embedding(parts.embed_tokens, ids_T)
+        segments.embed(
+            rows_TE, hidden_TH, parts.weights, layout.batch, self.plan.config, self._workspace
+        )
+
+    def _compute_decoder(
+        self, op: Op, layer: LayerPlan, layout: _Layout, parts: LayerParts, hidden_TH: Tensor
+    ) -> None:
+        batch, weights, config = layout.batch, parts.weights, self.plan.config
+        assert batch is not None and isinstance(weights, segments.LayerWeights)
+        decoder = self._decoder(op)
+        if layer.has_kv_cache:
+            kvs = self.kv_cache.views(layout.runs, self._rows(op), decoder, op.kv_slot)
+            segments.attention_half(
+                hidden_TH, weights, batch, kvs, config, decoder, self._workspace
+            )
+        if layer.kind != LayerKind.ATTENTION:
+            segments.mlp_half(hidden_TH, weights, config, self._workspace)
+
+    def _compute_head(
+        self,
+        op: Op,
+        layer: LayerPlan,
+        layout: _Layout,
+        parts: LayerParts,
+        hidden_TH: Tensor | None,
+    ) -> None:
+        batch, weights = layout.batch, parts.weights
+        assert batch is not None and isinstance(weights, segments.HeadWeights)
+        assert layer.vocab is not None and parts.lm_head is not None
+        mb, rows = self._rows(op).index, len(layout.sampled)
+        x_RE = typed(self._head_inputs[mb], self._dtype, (rows, self.plan.config.input_size))
+        if hidden_TH is not None:
+            x_RE.copy_(
+                segments.head_input(
+                    hidden_TH, batch.sample_index_S, weights, self.plan.config, self._workspace
+                )
+            )
+            self._workspace.reset()
+        out_RV = self._logits_view(mb, rows)[:, layer.vocab[0] : layer.vocab[1]]
+        segments.logits_slice(x_RE, parts.lm_head, out_RV, self._workspace)
+
+    def _sample(self, op: Op) -> None:
+        layout = self._layout(op)
+        layout.tokens = greedy(self._logits_view(layout.source.index, len(layout.sampled)))
+
+    def _fetch_tokens(self, op: Op) -> None:
+        layout = self._layout(op)
+        assert layout.tokens is not None
+        count = len(layout.sampled)
+        fetched = self._fetched[layout.source.index]
+        for target, source in zip(fetched, layout.tokens, strict=True):
+            target[:count].copy_(source, non_blocking=target.is_pinned())
+        self._device.d2h.deliver(sum(source.nbytes for source in layout.tokens), time.perf_counter())
+
+    def _commit(self, op: Op) -> None:
+        layout = self._layout(op)
+        tokens_R, finite_R = self._fetched[layout.source.index]
+        count = len(layout.sampled)
+        sampled = [
+            SampledToken(row, token, finite)
+            for row, token, finite in zip(
+                layout.sampled, tokens_R[:count].tolist(), finite_R[:count].tolist(), strict=True
+            )
+        ]
+        self._commit_rows(layout.source, sampled)
+
+    def flops(self, op: Op) -> int:
+        """Floating-point operations of a COMPUTE op."""
+        layer, batch, config = self._layer(op), self._rows(op), self.plan.config
+        if layer.kind == LayerKind.EMBED:
+            return 0
+        if layer.kind == LayerKind.HEAD:
+            assert layer.vocab is not None
+            share = (layer.vocab[1] - layer.vocab[0]) / config.vocab_size
+            return int(head_flops(config, batch.num_sampled) * share)
+        mlp = mlp_flops(config, batch.num_new)
+        if layer.kind == LayerKind.MLP:
+            return mlp
+        window = config.window(self._decoder(op))
+        attended = sum(num_attended(row.num_context, row.num_new, window) for row in batch.rows)
+        whole = decoder_flops(config, batch.num_new, attended)
+        return whole if layer.kind == LayerKind.DECODER else whole - mlp
+
+    # lookups
+
+    def _layer(self, op: Op) -> LayerPlan:
+        return self.plan.layers[op.layer]
+
+    def _decoder(self, op: Op) -> int:
+        layer = self._layer(op).layer
+        assert layer is not None
+        return layer
+
+    def _rows(self, op: Op) -> MicroBatch:
+        assert op.batch is not None
+        return op.batch
+
+    def _layout(self, op: Op) -> _Layout:
+        """The micro-batch's layout in this step; made by whichever op needs it first."""
+        source = self._rows(op)
+        with self._lock:
+            layout = self._layouts.get(source.index)
+            if layout is None or layout.source is not source:
+                layout = self._layouts[source.index] = self._make_layout(source)
+            return layout
+
+    def _make_layout(self, source: MicroBatch) -> _Layout:
+        runs = self.kv_cache.runs(source)
+        rows = [row for run in runs for row in run.rows]
+        ids = list(chain.from_iterable(row.tokens for row in rows))
+        sampled = tuple(row for row in rows if row.sampled)
+        return _Layout(source, runs, torch.tensor(ids, dtype=torch.int64), sampled)
+
+    def _make_batch(self, layout: _Layout) -> Batch:
+        spans = [
+            [RowSpan(row.num_context, row.num_new, row.sampled) for row in run.rows]
+            for run in layout.runs
+        ]
+        return Batch.build(self.plan.config, spans, self._rope, self._to_device, self._dtype)
+
+    def _to_device(self, index: Tensor) -> Tensor:
+        if not self._device.has_streams:
+            return index
+        # torch's caching allocator keeps the pinned copy until the stream has read it
+        return index.pin_memory().to(self._device.torch_device, non_blocking=True)
+
+    def _embed_rows(self, op: Op, *, on_stage: bool) -> Tensor:
+        slot = op.stage_slot if on_stage else op.embed_slot
+        assert slot is not None
+        slab = (self._embed_stages if on_stage else self._embed_slots)[slot]
+        config = self.plan.config
+        placed = self.plan.placement.tensors[config.tensor_names["embed_tokens"]]
+        shape = (self._rows(op).num_new, config.input_size)
+        return typed(slab, torch_dtype(placed.dtype), shape)
+
+    def _logits_view(self, mb: int, rows: int) -> Tensor:
+        slab = self._logits[0 if len(self._logits) == 1 else mb]
+        return typed(slab, self._dtype, (rows, self.plan.config.vocab_size))
+
+    def _take_compute_pools(self) -> None:
+        pools = {(pool.name, pool.tier): pool for pool in self.plan.pools}
+        device = self.plan.device_tier
+
+        def slots(name: str, tier: Tier) -> list[Tensor]:
+            pool = pools.get((name, tier))
+            return [self._take(pool) for _ in range(pool.num_slots)] if pool else []
+
+        self._workspace = Workspace(slots("workspace", device)[0])
+        self._logits = slots("logits", device)
+        self._head_inputs = slots("head input", device)
+        self._embed_slots = slots("embedding slots", device)
+        self._embed_stages = slots("embedding staging", Tier.CPU)
+        pin = self._device.has_streams
+        self._fetched = [
+            (
+                torch.zeros(mb.num_places, dtype=torch.int64, pin_memory=pin),
+                torch.zeros(mb.num_places, dtype=torch.bool, pin_memory=pin),
+            )
+            for mb in self.plan.micro_batches
+        ]
+
+    def _take(self, pool: PoolPlan) -> Tensor:
+        if pool.tier == self.plan.device_tier:
+            return self.memory.take_on_device(pool.slot_bytes, pool.name)
+        return self.memory.take_on_host(pool.slot_bytes, pool.name)

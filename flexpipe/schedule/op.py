@@ -1,0 +1,136 @@
+"""The items a schedule is made of.
+
+An op says what happens (`kind`), on which lane, for which step, layer and micro-batch, in which
+slots, what it reads and writes, and which earlier ops it waits for. It holds no tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+from flexpipe.schedule.step import MicroBatch
+
+
+class Kind(StrEnum):
+    """What an op does; a move is named for its one hop."""
+
+    READ_WEIGHT = "read_weight"  # disk -> host
+    LOAD_WEIGHT = "load_weight"  # host -> device
+    READ_EMBED = "read_embed"  # the embedding rows a micro-batch needs: cpu or disk -> host slot
+    LOAD_EMBED = "load_embed"
+    READ_CACHE = "read_cache"  # KV cache of the rows whose home is the disk
+    LOAD_CACHE = "load_cache"
+    STORE_CACHE = "store_cache"  # new tokens only
+    WRITE_CACHE = "write_cache"
+    READ_HIDDEN = "read_hidden"
+    LOAD_HIDDEN = "load_hidden"
+    STORE_HIDDEN = "store_hidden"
+    WRITE_HIDDEN = "write_hidden"
+    COMPUTE = "compute"
+    SAMPLE = "sample"
+    FETCH_TOKENS = "fetch_tokens"
+    COMMIT = "commit"
+    BARRIER = "barrier"
+
+
+class Lane(StrEnum):
+    """An in-order queue of ops."""
+
+    COMPUTE = "compute"
+    LOAD_WEIGHT = "load_weight"
+    LOAD_CACHE = "load_cache"
+    STORE_CACHE = "store_cache"
+    DISK_READ = "disk_read"
+    DISK_WRITE = "disk_write"
+    HOST = "host"
+
+
+LANE_OF: dict[Kind, Lane] = {
+    Kind.READ_WEIGHT: Lane.DISK_READ,
+    Kind.LOAD_WEIGHT: Lane.LOAD_WEIGHT,
+    Kind.READ_EMBED: Lane.DISK_READ,
+    Kind.LOAD_EMBED: Lane.LOAD_CACHE,
+    Kind.READ_CACHE: Lane.DISK_READ,
+    Kind.LOAD_CACHE: Lane.LOAD_CACHE,
+    Kind.STORE_CACHE: Lane.STORE_CACHE,
+    Kind.WRITE_CACHE: Lane.DISK_WRITE,
+    Kind.READ_HIDDEN: Lane.DISK_READ,
+    Kind.LOAD_HIDDEN: Lane.LOAD_CACHE,
+    Kind.STORE_HIDDEN: Lane.STORE_CACHE,
+    Kind.WRITE_HIDDEN: Lane.DISK_WRITE,
+    Kind.COMPUTE: Lane.COMPUTE,
+    Kind.SAMPLE: Lane.COMPUTE,
+    Kind.FETCH_TOKENS: Lane.COMPUTE,
+    Kind.COMMIT: Lane.HOST,
+    Kind.BARRIER: Lane.HOST,
+}
+
+
+class Pool(StrEnum):
+    """What ops hand to each other; together with indices, a resource of the schedule."""
+
+    WEIGHT_SLOT = "weight_slot"  # streamed weights where compute reads them
+    WEIGHT_STAGE = "weight_stage"  # on their way from disk to an accelerator
+    EMBED_SLOT = "embed_slot"
+    EMBED_STAGE = "embed_stage"
+    KV = "kv"  # home of a micro-batch's rows in one layer on one tier
+    KV_SLOT = "kv_slot"
+    KV_READ_STAGE = "kv_read_stage"
+    KV_WRITE_STAGE = "kv_write_stage"
+    HIDDEN = "hidden"  # home of a micro-batch's hidden
+    HIDDEN_SLOT = "hidden_slot"
+    HIDDEN_READ_STAGE = "hidden_read_stage"
+    HIDDEN_WRITE_STAGE = "hidden_write_stage"
+    HEAD_INPUT = "head_input"
+    LOGITS = "logits"
+    TOKENS = "tokens"
+    HOST_TOKENS = "host_tokens"
+    ROWS = "rows"
+
+
+Resource = tuple[Pool, int | str, int, int]
+
+
+class Wait(NamedTuple):
+    """One dependency: the op waited for, and why, like "produced:weight_slot"."""
+
+    op: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One item of the schedule; an op appears after everything it waits for.
+
+    `layer` is the position in the stage's layers. `reads` and `writes` are what it touches (a
+    write may read too); a slot that the op uses is named by its index in the field of its pool.
+    """
+
+    id: int
+    kind: Kind
+    step: int
+    layer: int
+    batch: MicroBatch | None
+    waits_for: tuple[Wait, ...]
+    reads: tuple[Resource, ...] = ()
+    writes: tuple[Resource, ...] = ()
+    weight_slot: int | None = None
+    kv_slot: int | None = None
+    hidden_slot: int | None = None
+    embed_slot: int | None = None
+    stage_slot: int | None = None
+
+    @property
+    def lane(self) -> Lane:
+        return LANE_OF[self.kind]
+
+    @property
+    def mb(self) -> int | None:
+        """Index of its micro-batch, if it has one."""
+        return None if self.batch is None else self.batch.index
+
+    def __str__(self) -> str:
+        mb = "" if self.batch is None else f", micro-batch {self.batch.index}"
+        return f"{self.kind.value} (step {self.step}, layer {self.layer}{mb})"

@@ -1,0 +1,130 @@
+"""Pictures of a run: one row per lane, one bar per op, times from clocks.
+
+JSON for Perfetto (ui.perfetto.dev) and chrome://tracing, in the Trace Event Format; PNG and SVG through
+matplotlib. Whoever has spans can draw them: the executor's record and a prediction look the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from flexpipe.errors import InputError
+from flexpipe.plan.plan import Plan
+from flexpipe.schedule.op import Kind, Lane, Op
+
+_COLOURS: Mapping[Kind, str] = {
+    Kind.READ_WEIGHT: "#8c6bb1",
+    Kind.LOAD_WEIGHT: "#6a51a3",
+    Kind.READ_EMBED: "#9e9ac8",
+    Kind.LOAD_EMBED: "#756bb1",
+    Kind.READ_CACHE: "#41ae76",
+    Kind.LOAD_CACHE: "#238b45",
+    Kind.STORE_CACHE: "#d94801",
+    Kind.WRITE_CACHE: "#f16913",
+    Kind.READ_HIDDEN: "#7fcdbb",
+    Kind.LOAD_HIDDEN: "#41b6c4",
+    Kind.STORE_HIDDEN: "#fdae6b",
+    Kind.WRITE_HIDDEN: "#fdd0a2",
+    Kind.COMPUTE: "#2171b5",
+    Kind.SAMPLE: "#6baed6",
+    Kind.FETCH_TOKENS: "#9ecae1",
+    Kind.COMMIT: "#737373",
+    Kind.BARRIER: "#252525",
+}
+
+
+class Timed(Protocol):
+    """An op and when it ran, in seconds since the start."""
+
+    @property
+    def op(self) -> Op: ...
+    @property
+    def start_s(self) -> float: ...
+    @property
+    def end_s(self) -> float: ...
+
+
+def write_trace(path: Path, spans: Sequence[Timed], plan: Plan) -> None:
+    """Draw `spans` into a .json, .png or .svg file."""
+    try:
+        if path.suffix == ".json":
+            path.write_text(json.dumps(perfetto(spans, plan)), encoding="utf-8")
+        else:
+            _draw(path, spans)
+    except OSError as error:
+        raise InputError(f"cannot write --trace {path}: {error.strerror}") from error
+
+
+def perfetto(spans: Sequence[Timed], plan: Plan) -> dict[str, object]:
+    """The Trace Event Format: complete events in microseconds, a thread per lane."""
+    used = [lane for lane in Lane if any(span.op.lane == lane for span in spans)]
+    names: list[dict[str, object]] = [
+        {"ph": "M", "name": "thread_name", "pid": 0, "tid": tid, "args": {"name": lane.value}}
+        for tid, lane in enumerate(used)
+    ]
+    order: list[dict[str, object]] = [
+        {"ph": "M", "name": "thread_sort_index", "pid": 0, "tid": tid, "args": {"sort_index": tid}}
+        for tid in range(len(used))
+    ]
+    events: list[dict[str, object]] = [
+        {
+            "ph": "X",
+            "name": _name(span.op, plan),
+            "cat": span.op.kind.value,
+            "pid": 0,
+            "tid": used.index(span.op.lane),
+            "ts": round(span.start_s * 1e6, 3),
+            "dur": round((span.end_s - span.start_s) * 1e6, 3),
+            "args": _args(span.op, plan),
+        }
+        for span in spans
+    ]
+    return {"traceEvents": [*names, *order, *events], "displayTimeUnit": "ms"}
+
+
+def _name(op: Op, plan: Plan) -> str:
+    mb = "" if op.mb is None else f" mb {op.mb}"
+    return f"{op.kind.value} {plan.layers[op.layer].name}{mb}"
+
+
+def _args(op: Op, plan: Plan) -> dict[str, object]:
+    args: dict[str, object] = {"op": op.id, "step": op.step, "layer": plan.layers[op.layer].name}
+    if op.batch is not None:
+        args |= {"micro_batch": op.batch.index, "new_tokens": op.batch.num_new}
+    args["waits_for"] = [f"{wait.op} {wait.why}" for wait in op.waits_for]
+    return args
+
+
+def _draw(path: Path, spans: Sequence[Timed]) -> None:
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
+    except ImportError:
+        raise InputError(
+            f"--trace {path} needs matplotlib: pip install 'flexpipe[plot]', or write a .json trace"
+        ) from None
+    used = [lane for lane in Lane if any(span.op.lane == lane for span in spans)]
+    kinds = [kind for kind in Kind if any(span.op.kind == kind for span in spans)]
+    figure = Figure(figsize=(14, 1.2 + 0.55 * len(used)), layout="constrained")
+    axes = figure.subplots()
+    for row, lane in enumerate(used):
+        mine = [span for span in spans if span.op.lane == lane]
+        axes.broken_barh(
+            [(span.start_s, span.end_s - span.start_s) for span in mine],
+            (row - 0.4, 0.8),
+            facecolors=[_COLOURS[span.op.kind] for span in mine],
+        )
+    axes.set_yticks(range(len(used)), [lane.value for lane in used])
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds")
+    figure.legend(
+        handles=[Patch(color=_COLOURS[kind], label=kind.value) for kind in kinds],
+        loc="outside upper center",
+        ncols=min(len(kinds), 9),
+        frameon=False,
+        fontsize="small",
+    )
+    figure.savefig(path, dpi=150)

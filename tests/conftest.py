@@ -1,0 +1,41 @@
+"""What all tests share: where the checkout is, how hypothesis searches, how many threads torch has.
+
+Nothing here imports torch, so the tests of the rooms without it stay quick.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+
+pytest_plugins = [
+    f"tests.{name}" for name in ("hf", "warm") if (REPO / "tests" / f"{name}.py").is_file()
+]
+
+# the same examples on every machine; how long one takes says nothing about it
+hypothesis.settings.register_profile(
+    "claims", derandomize=True, deadline=None, print_blob=True, database=None
+)
+hypothesis.settings.load_profile("claims")
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """Top of the checkout."""
+    return REPO
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Two threads for torch, once some test has imported it."""
+    torch = sys.modules.get("torch")
+    if torch is not None and hasattr(torch, "set_num_threads") and torch.get_num_threads() > 2:
+        torch.set_num_threads(2)

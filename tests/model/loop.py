@@ -1,0 +1,170 @@
+"""The smallest engine that can run the segments: weights in memory, one arena for the KV cache.
+
+It exists to prove the math; it knows no tiers and no schedule. Rows may be prefilled whole or in
+chunks, decode beside others that prefill, and wait for a step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from flexpipe.model import config as model_config
+from flexpipe.model import segments
+from flexpipe.model.config import ModelConfig, TensorSpec
+from flexpipe.model.cost import workspace_bytes
+from flexpipe.model.families import read_config
+from flexpipe.model.segments import (
+    Batch,
+    EmbedWeights,
+    HeadWeights,
+    LayerWeights,
+    RopeTable,
+    RowSpan,
+    Workspace,
+)
+
+GARBAGE = 9.0  # what the KV arena holds where nothing was written
+
+
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
+class Decoder:
+    """A model in memory with room for `num_rows` rows of `region` tokens."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        num_rows: int,
+        region: int = 352,
+        wire: torch.dtype | None = None,
+        kv: torch.dtype | None = None,
+        compute: torch.dtype = torch.float32,
+        max_tokens: int = 2048,
+    ) -> None:
+        self.config: ModelConfig = read_config(json.loads((directory / "config.json").read_text()))
+        tensors = read_tensors(directory)
+        if wire is not None:
+            tensors = {name: tensor.to(wire) for name, tensor in tensors.items()}
+        self.compute, kv = compute, kv or compute
+        self._tensors: Mapping[str, Tensor] = tensors
+        self.layers = [
+            LayerWeights(
+                **self._take(model_config.attention_tensors(self.config, layer)),
+                **self._take(model_config.mlp_tensors(self.config, layer)),
+            )
+            for layer in range(self.config.num_layers)
+        ]
+        embed = self._take(model_config.embed_tensors(self.config))
+        head = self._take(model_config.head_tensors(self.config))
+        self.embed_tokens = embed.pop("embed_tokens")
+        self.lm_head = head.pop("lm_head")
+        self.embed_weights = EmbedWeights(**embed)
+        self.head_weights = HeadWeights(**head)
+        self.rope = (
+            RopeTable.build(self.config.rope, self.config.head_dim, "cpu")
+            if self.config.rope
+            else None
+        )
+        shape = (self.config.num_layers, num_rows, region, 2)
+        heads = (self.config.num_kv_heads, self.config.head_dim)
+        self.arena = torch.full((*shape, *heads), GARBAGE, dtype=kv)
+        self.planned_bytes = self._planned(max_tokens, num_rows, region, kv)
+        self.ws = Workspace(torch.empty(self.planned_bytes, dtype=torch.uint8))
+        self.lengths = [0] * num_rows
+        self.skipped_layer: int | None = None
+        self.tamper: Callable[[Batch], Batch] = lambda batch: batch
+
+    def _take(self, specs: Sequence[TensorSpec]) -> dict[str, Tensor]:
+        for spec in specs:
+            assert self._tensors[spec.name].shape == spec.shape, spec
+        return {spec.role: self._tensors[spec.name] for spec in specs}
+
+    def _planned(self, max_tokens: int, num_rows: int, region: int, kv: torch.dtype) -> int:
+        dtypes = {tensor.dtype for tensor in self._tensors.values()}
+        biggest = max(tensor.numel() for tensor in self._tensors.values())
+        return workspace_bytes(
+            self.config,
+            num_tokens=max_tokens,
+            num_rows=num_rows,
+            compute_bytes=self.compute.itemsize,
+            max_convert_elements=0 if dtypes == {self.compute} else biggest,
+            kv_bytes=kv.itemsize,
+            max_length=region,
+            wire_bytes=max(dtype.itemsize for dtype in dtypes),
+        )
+
+    @torch.inference_mode()
+    def step(
+        self, runs: Sequence[Sequence[tuple[int, Sequence[int]]]], sampled: Sequence[int]
+    ) -> Tensor:
+        """Computes new tokens of adjacent rows, run by run; logits of the `sampled` rows."""
+        config, ws = self.config, self.ws
+        spans = [
+            [RowSpan(self.lengths[row], len(new), row in sampled) for row, new in run]
+            for run in runs
+        ]
+        batch = self.tamper(Batch.build(config, spans, self.rope, lambda t: t, self.compute))
+        ids = torch.tensor([token for run in runs for _, new in run for token in new]).long()
+        ws.reset()
+        hidden = torch.empty(batch.num_tokens, config.hidden_size, dtype=self.compute)
+        rows = self.embed_tokens.index_select(0, ids)
+        segments.embed(rows, hidden, self.embed_weights, batch, config, ws)
+        for layer, weights in enumerate(self.layers):
+            kvs = [self.arena[layer, run[0][0] : run[-1][0] + 1] for run in runs]
+            if layer != self.skipped_layer:
+                segments.decoder_layer(hidden, weights, batch, kvs, config, layer, ws)
+        x = segments.head_input(hidden, batch.sample_index_S, self.head_weights, config, ws)
+        logits = torch.empty(batch.num_sampled, config.vocab_size, dtype=self.compute)
+        for first in range(0, config.vocab_size, 100):  # as a head off the device would stream
+            part = slice(first, first + 100)
+            segments.logits_slice(x, self.lm_head[part], logits[:, part], ws)
+        assert ws.mark() <= self.planned_bytes
+        for run in runs:
+            for row, new in run:
+                self.lengths[row] += len(new)
+        return logits
+
+
+def generate(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    max_new: int,
+    *,
+    chunk: int | None = None,
+    before_step: Callable[[int], None] = lambda step: None,
+) -> list[Tensor]:
+    """Greedy logits [max_new, vocabulary] per prompt; all rows share one run and every step.
+
+    With `chunk`, prompts enter piecewise, so short ones decode while long ones still prefill.
+    """
+    waiting = [list(prompt) for prompt in prompts]
+    seen: list[list[Tensor]] = [[] for _ in prompts]
+    step = 0
+    while any(len(logits) < max_new for logits in seen):
+        before_step(step)
+        work: list[tuple[int, list[int]]] = []
+        sampled: list[int] = []
+        for row, tokens in enumerate(waiting):
+            new = [] if len(seen[row]) == max_new else tokens[: chunk or len(tokens)]
+            waiting[row] = tokens[len(new) :]
+            work.append((row, new))
+            if new and not waiting[row]:
+                sampled.append(row)
+        logits = decoder.step([work], sampled)
+        for row, answer in zip(sampled, logits, strict=True):
+            seen[row].append(answer)
+            waiting[row] = [int(answer.argmax())]
+        step += 1
+    return [torch.stack(logits) for logits in seen]

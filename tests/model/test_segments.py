@@ -1,0 +1,317 @@
+"""The segments keep to their plan: bytes, dtypes, layouts, kernels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexpipe.model import batch as batch_module
+from flexpipe.model import cost, segments
+from flexpipe.model.config import attention_tensors, mlp_tensors
+from flexpipe.model.families import read_config
+from flexpipe.model.sampling import greedy
+from flexpipe.model.segments import Batch, LayerWeights, RopeTable, RowSpan, Workspace
+from tests.hf import TOLERANCE, VARIANTS
+from tests.model.loop import Decoder, generate
+
+QWEN3 = read_config(
+    {
+        "architectures": ["Qwen3ForCausalLM"],
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 512,
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "max_window_layers": 1,
+    }
+)
+
+
+def build(runs: list[list[RowSpan]], config=QWEN3) -> Batch:
+    rope = RopeTable.build(config.rope, config.head_dim, "cpu") if config.rope else None
+    return Batch.build(config, runs, rope, lambda tensor: tensor, torch.float32)
+
+
+# Workspace
+
+
+def test_workspace_tensors_are_aligned_and_do_not_overlap():
+    ws = Workspace(torch.zeros(4096, dtype=torch.uint8)[3:])
+    first, second = ws.take((3, 5), torch.float32), ws.take((7,), torch.bfloat16)
+    assert first.data_ptr() % 64 == second.data_ptr() % 64 == 0
+    first.fill_(1)
+    second.fill_(2)
+    assert first.sum() == 15 and second.sum() == 14
+
+
+def test_workspace_gives_released_bytes_again_and_remembers_the_peak():
+    ws = Workspace(torch.empty(4096, dtype=torch.uint8))
+    kept = ws.take((16,), torch.float32)
+    mark = ws.mark()
+    once = ws.take((32,), torch.float32)
+    ws.release(mark)
+    again = ws.take((32,), torch.float32)
+    assert once.data_ptr() == again.data_ptr() > kept.data_ptr()
+    ws.reset()
+    assert ws.mark() == 0 and ws.peak_bytes == 192
+
+
+def test_exhausted_workspace_is_a_bug():
+    ws = Workspace(torch.empty(1024, dtype=torch.uint8))
+    with pytest.raises(AssertionError, match="cannot hold"):
+        ws.take((1025,), torch.uint8)
+
+
+@pytest.mark.parametrize("wire", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kv", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_planned_workspace_holds_what_is_used_and_little_more(variant, wire, kv, hf_checkpoint):
+    lengths = [1, 40, 300, 20]
+    path = hf_checkpoint(variant, dtype=wire)
+    decoder = Decoder(path, num_rows=4, max_tokens=sum(lengths), kv=kv)
+    generate(decoder, [[7] * n for n in lengths], 2)
+    assert decoder.ws.peak_bytes <= decoder.planned_bytes
+    assert decoder.ws.peak_bytes >= decoder.planned_bytes // 2
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 500])
+def test_planned_workspace_covers_small_and_large_batches(num_tokens, hf_checkpoint):
+    for variant in ("opt-350m", "llama3", "qwen3"):
+        path = hf_checkpoint(variant)
+        decoder = Decoder(path, num_rows=1, region=512, max_tokens=num_tokens)
+        decoder.step([[(0, [9] * num_tokens)]], [0])
+        assert decoder.planned_bytes // 2 <= decoder.ws.peak_bytes <= decoder.planned_bytes
+
+
+# Weights in another dtype
+
+
+@pytest.mark.parametrize("slice_elements", [cost.CONVERT_ELEMENTS, 1000])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_weights_converted_on_the_fly_equal_weights_converted_before(
+    variant, slice_elements, hf_checkpoint, monkeypatch
+):
+    monkeypatch.setattr(segments, "CONVERT_ELEMENTS", slice_elements)
+    path = hf_checkpoint(variant, dtype="bfloat16")
+    prompts = [[5, 6, 7], list(range(10, 90))]
+    before = generate(Decoder(path, num_rows=2, wire=torch.float32), prompts, 3)
+    on_the_fly = generate(Decoder(path, num_rows=2), prompts, 3)
+    for expected, logits in zip(before, on_the_fly, strict=True):
+        torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("compute", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("variant", ["opt", "opt-350m", "llama3", "qwen3"])
+def test_computing_in_half_precision_stays_close(variant, compute, hf_checkpoint):
+    path = hf_checkpoint(variant, dtype="bfloat16")
+    prompts = [[5, 6, 7], list(range(10, 90))]
+    exact = generate(Decoder(path, num_rows=2), prompts, 1)
+    rounded = generate(Decoder(path, num_rows=2, compute=compute), prompts, 1)
+    for expected, logits in zip(exact, rounded, strict=True):
+        assert logits.dtype == compute
+        assert (logits - expected).norm() < 0.1 * expected.norm()
+
+
+def test_a_layer_keeps_to_the_device_of_its_tensors():
+    """The meta device computes nothing, but refuses operands that live elsewhere."""
+    config, device = QWEN3, torch.device("meta")
+    rope = RopeTable.build(config.rope, config.head_dim, device)
+    runs = [[RowSpan(0, 9), RowSpan(0, 9), RowSpan(3, 1), RowSpan(7, 1)], [RowSpan(30, 20)]]
+    batch = Batch.build(config, runs, rope, lambda tensor: tensor.to(device), torch.bfloat16)
+    specs = (*attention_tensors(config, 1), *mlp_tensors(config, 1))
+    weights = {spec.role: torch.empty(spec.shape, device=device) for spec in specs}
+    kvs = [torch.empty(len(run), 64, 2, 2, 32, device=device, dtype=torch.bfloat16) for run in runs]
+    hidden = torch.empty(batch.num_tokens, 64, device=device, dtype=torch.bfloat16)
+    ws = Workspace(torch.empty(1 << 20, dtype=torch.uint8, device=device))
+    segments.decoder_layer(hidden, LayerWeights(**weights), batch, kvs, config, 1, ws)
+
+
+# Attention pieces
+
+
+def reference_attention(q, k, v, *, first: int, window: int | None):
+    """Row by row, query by query; q [n, N, D] behind `first` tokens, k and v [L, K, D]."""
+    num_groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(num_groups, 1), v.repeat_interleave(num_groups, 1)
+    results = []
+    for place, query in enumerate(q):
+        last = first + place + 1
+        oldest = 0 if window is None else max(0, last - window)
+        scores = torch.einsum("nd,lnd->nl", query, k[oldest:last]) / math.sqrt(q.shape[2])
+        results.append(torch.einsum("nl,lnd->nd", scores.softmax(-1), v[oldest:last]))
+    return torch.stack(results)
+
+
+spans = st.builds(RowSpan, st.integers(0, 12), st.sampled_from([0, 1, 1, 1, 2, 3, 9]))
+runs_of_spans = st.lists(st.lists(spans, min_size=1, max_size=4), min_size=1, max_size=3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(runs_of_spans, st.sampled_from([0, 1]), st.sampled_from([2, 256]))
+def test_attention_is_exact_for_any_mix_of_rows(runs, layer, block):
+    generator = torch.Generator().manual_seed(0)
+    config, region = QWEN3, 24
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch_module, "MASK_BLOCK", block)
+        batch = build(runs)
+    q_TND = torch.randn(batch.num_tokens, 4, 32, generator=generator)
+    new_T2KD = torch.randn(batch.num_tokens, 2, 2, 32, generator=generator)
+    kvs = [torch.randn(len(run), region, 2, 2, 32, generator=generator) for run in runs]
+    ws = Workspace(torch.empty(1 << 16, dtype=torch.uint8))
+    queries = q_TND.clone()
+    segments.append_kv(new_T2KD, batch, kvs)
+    attn_TA = segments.attend(queries, batch, kvs, config, layer, ws)
+    token = 0
+    for run, kv_RL2KD in zip(runs, kvs, strict=True):
+        for span, kv_L2KD in zip(run, kv_RL2KD, strict=True):
+            new = slice(token, token + span.num_new)
+            token += span.num_new
+            assert torch.equal(kv_L2KD[span.num_context : span.length], new_T2KD[new])
+            if span.num_new:
+                k, v = kv_L2KD[: span.length].unbind(1)
+                expected = reference_attention(
+                    q_TND[new], k, v, first=span.num_context, window=config.window(layer)
+                )
+                torch.testing.assert_close(
+                    attn_TA[new].view(expected.shape), expected, rtol=1e-5, atol=1e-5
+                )
+
+
+def test_rows_that_decode_side_by_side_share_one_call():
+    batch = build([[RowSpan(n, 1) for n in (3, 8, 5)], [RowSpan(2, 1)]])
+    assert [piece.num_rows for piece in batch.pieces[None]] == [3, 1]
+    assert [piece.mask is None for piece in batch.pieces[None]] == [False, True]
+
+
+def test_decoding_rows_of_equal_length_need_no_mask():
+    for pieces in build([[RowSpan(9, 1)] * 4]).pieces.values():
+        (piece,) = pieces
+        assert piece.mask is None and piece.num_rows == 4
+    assert build([[RowSpan(9, 1)] * 4]).pieces[5][0].keys == slice(5, 10)
+
+
+def test_indices_reach_the_device_in_one_transfer():
+    sent = []
+
+    def to_device(tensor):
+        sent.append(tensor)
+        return tensor
+
+    rope = RopeTable.build(QWEN3.rope, 32, "cpu")
+    runs = [[RowSpan(0, 7), RowSpan(4, 1), RowSpan(6, 1)], [RowSpan(3, 2)]]
+    batch = Batch.build(QWEN3, runs, rope, to_device, torch.float32)
+    assert len(sent) == 1
+    assert batch.positions_T.tolist() == [*range(7), 4, 6, 3, 4]
+    assert batch.sample_index_S.tolist() == [6, 7, 8, 10]
+
+
+def test_only_sampled_rows_reach_the_head():
+    runs = [[RowSpan(0, 3, samples=False), RowSpan(2, 1), RowSpan(5, 0), RowSpan(0, 2)]]
+    assert build(runs).sample_index_S.tolist() == [3, 5]
+
+
+@contextmanager
+def kernels() -> Iterator[set[str]]:
+    seen: set[str] = set()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        yield seen
+    seen |= {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        [[RowSpan(0, 40)]],
+        [[RowSpan(0, 40), RowSpan(0, 40)]],
+        [[RowSpan(8, 40)]],
+        [[RowSpan(8, 1), RowSpan(12, 1)]],
+    ],
+)
+def test_attention_runs_in_the_flash_kernel_without_copies_of_the_cache(runs):
+    batch = build(runs)
+    kvs = [torch.randn(len(run), 64, 2, 2, 32) for run in runs]
+    q_TND = torch.randn(batch.num_tokens, 4, 32)
+    ws = Workspace(torch.empty(64, dtype=torch.uint8))
+    with torch.inference_mode(), kernels() as seen:
+        for layer in (0, 1):
+            segments.attend(q_TND, batch, kvs, QWEN3, layer, ws)
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in seen
+    assert not seen & {"aten::clone", "aten::contiguous", "aten::repeat_interleave", "aten::bmm"}
+
+
+def test_layer_without_tokens_does_nothing():
+    batch = build([[RowSpan(4, 0), RowSpan(0, 0)]])
+    hidden = torch.empty(0, 64)
+    ws = Workspace(torch.empty(64, dtype=torch.uint8))
+    kvs = [torch.zeros(2, 8, 2, 2, 32)]
+    segments.decoder_layer(hidden, LayerWeights(), batch, kvs, QWEN3, 0, ws)
+    assert not kvs[0].any()
+
+
+# Cost
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 100])
+@pytest.mark.parametrize(("num_context", "num_new"), [(0, 1), (0, 9), (3, 4), (7, 1), (20, 3)])
+def test_attended_keys_are_counted_one_by_one(num_context, num_new, window):
+    expected = sum(min(num_context + place + 1, window or math.inf) for place in range(num_new))
+    assert cost.num_attended(num_context, num_new, window) == expected
+
+
+def test_decoder_flops_are_two_per_weight_and_token():
+    weights = sum(
+        spec.num_elements
+        for specs in (attention_tensors(QWEN3, 0), mlp_tensors(QWEN3, 0))
+        for spec in specs
+        if len(spec.shape) == 2
+    )
+    assert cost.decoder_flops(QWEN3, 11, 0) == 2 * weights * 11
+    assert cost.decoder_flops(QWEN3, 0, 10) == 10 * 4 * 4 * 32
+    assert cost.head_flops(QWEN3, 3) == 2 * 3 * 64 * 64
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        [RowSpan(0, 300)],
+        [RowSpan(90, 70)],
+        [RowSpan(90, 400), RowSpan(0, 40), RowSpan(7, 1), RowSpan(80, 1)],
+        [RowSpan(n, 1) for n in (3, 200, 90)],
+    ],
+)
+def test_batch_keeps_no_more_than_planned(run):
+    batch = build([run])
+    masks = (piece.mask for pieces in batch.pieces.values() for piece in pieces)
+    kept = (batch.positions_T, batch.cos_T1D, batch.sin_T1D, *masks)
+    storages = [tensor.untyped_storage() for tensor in kept if tensor is not None]
+    used = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    planned = cost.batch_bytes(
+        QWEN3,
+        num_tokens=batch.num_tokens,
+        num_rows=batch.num_rows,
+        max_length=max(span.length for span in run),
+        compute_bytes=4,
+    )
+    assert used <= planned
+
+
+# Sampling
+
+
+def test_greedy_takes_the_best_token_and_flags_rows_that_are_not_finite():
+    logits = torch.tensor([[0.0, 3.0, 1.0], [9.0, float("nan"), 1.0], [1.0, 2.0, float("inf")]])
+    tokens, finite = greedy(logits)
+    assert tokens[0] == 1 and tokens.dtype == torch.int64
+    assert finite.tolist() == [True, False, False]
+    assert not greedy(torch.tensor([[0.0, -float("inf")]]))[1]
