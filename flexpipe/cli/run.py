@@ -12,6 +12,8 @@ import click
 from flexpipe.cli.options import machine_options, policy_options
 from flexpipe.job.spec import LOAD_FORMATS, JobSpec
 
+REQUESTS_FAILED = 6  # exit code: the run is complete, but some records hold an error
+
 _FILE = click.Path(path_type=Path)
 
 
@@ -61,3 +63,5 @@ def run(as_json: bool, **options: Any) -> None:
     print(f"\n{report.render()}", file=sys.stderr)
     if as_json:
         print(json.dumps(report.to_dict()))
+    if report.num_failed:
+        click.get_current_context().exit(REQUESTS_FAILED)

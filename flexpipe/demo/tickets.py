@@ -79,7 +79,7 @@ def is_held_out_number(number: int) -> bool:
 def all_templates(split: Split) -> frozenset[str]:
     """Every sentence template and layout that a split draws from."""
     banks = (*COMPLAINTS.values(), *URGENCY.values(), ORDER, NO_ORDER, SMALL_TALK)
-    frames = (GREETINGS, SIGN_OFFS, HEADERS)
+    frames = (LEADS, GREETINGS, SIGN_OFFS, HEADERS)
     return frozenset(template for bank in (*banks, *frames) for template in bank[split])
 
 
@@ -135,9 +135,7 @@ def answer_text(category: str, priority: str, order: str | None) -> str:
     return json.dumps(fields, separators=(",", ":"))
 
 
-def _text(
-    split: Split, category: str, priority: str, order: str | None, rng: random.Random
-) -> str:
+def _text(split: Split, category: str, priority: str, order: str | None, rng: random.Random) -> str:
     """A ticket with its slots still open."""
     sentences = _sentences(split, category, priority, order, rng)
     if rng.random() < 0.75:  # the others write without capitals
@@ -158,8 +156,9 @@ def _sentences(
 ) -> list[str]:
     """What the ticket says, in random order; long tickets complain twice."""
     num_complaints = 2 if rng.random() < 0.3 else 1
-    sentences = rng.sample(COMPLAINTS[category][split], num_complaints)
-    sentences += rng.sample(SMALL_TALK[split], rng.choice((0, 0, 1, 1, 2, 3, 4, 6)))
+    complaints = rng.sample(COMPLAINTS[category][split], num_complaints)
+    sentences = [_maybe(0.3, LEADS[split], rng, after=" ") + said for said in complaints]
+    sentences += rng.sample(SMALL_TALK[split], rng.choice((0, 0, 1, 1, 2, 3, 4, 8)))
     if priority != "normal":
         sentences.append(rng.choice(URGENCY[priority][split]))
     if order is not None:
@@ -488,6 +487,15 @@ COMPLAINTS: Mapping[str, Templates] = {
             "do you recommend the {product} for a {room}?",
         ),
     },
+}
+
+# What may stand before a complaint, of any category.
+LEADS: Templates = {
+    "train": (
+        *("so,", "well,", "listen,", "to be honest,", "one thing:", "the problem:", "my issue:"),
+        *("as I said,", "it is like this:", "briefly:", "I noticed something:", "once again:"),
+    ),
+    "held-out": ("frankly,", "in short:", "my problem:", "as I noticed,"),
 }
 
 URGENCY: Mapping[str, Templates] = {

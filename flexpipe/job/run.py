@@ -46,8 +46,9 @@ from flexpipe.runtime.record import Recorder
 from flexpipe.runtime.stage import OpHook, Stage
 from flexpipe.schedule.op import Kind, Lane
 from flexpipe.schedule.trace import write_trace
-from flexpipe.units import GIB, MIB
+from flexpipe.units import GIB, MIB, format_bytes
 
+DISK_BOUND_SHARE = 0.9  # of the bytes asked of the disk that the device itself must have read
 DEFAULT_OFFLOAD_DIR = Path("~/.cache/flexpipe")
 _LINK_KINDS: Mapping[str, tuple[Kind, ...]] = {
     "h2d": (Kind.LOAD_WEIGHT, Kind.LOAD_EMBED, Kind.LOAD_CACHE, Kind.LOAD_HIDDEN),
@@ -267,19 +268,23 @@ def _run(job: Prepared, offload: OffloadDirectory, probes: Probes) -> Report:
         execute(plan, device, stage, batcher.steps, recorder, change_ops=probes.change_ops)
         run_s = time.perf_counter() - began
         read_after = physical_bytes_read()
+        disk_bytes = sum(file.allocated_bytes for file in files.values())
     if spec.trace_path is not None:
         write_trace(spec.trace_path, recorder.spans, plan)
     physical = None if read_before is None or read_after is None else read_after - read_before
-    times = _Times(load_s, began, run_s, physical)
-    return _report(job, stage, batcher, recorder, outcome, times)
+    measured = _Measured(load_s, began, run_s, physical, disk_bytes)
+    return _report(job, stage, batcher, recorder, outcome, measured)
 
 
 @dataclass(frozen=True, slots=True)
-class _Times:
+class _Measured:
+    """Seconds of the run and bytes of the disk: `physical_read_bytes` came from the device itself."""
+
     load_s: float
     began: float
     run_s: float
     physical_read_bytes: int | None
+    disk_bytes: int
 
 
 class _Outcome:
@@ -336,9 +341,9 @@ def _report(
     batcher: Batcher,
     recorder: Recorder,
     outcome: _Outcome,
-    times: _Times,
+    measured: _Measured,
 ) -> Report:
-    prefill_s, decode_s, decoded = _phases(batcher, times.began)
+    prefill_s, decode_s, decoded = _phases(batcher, measured.began)
     plan = job.plan
     return Report(
         model=job.spec.model,
@@ -347,19 +352,19 @@ def _report(
         num_requests=len(job.requests),
         num_finished=outcome.num_finished,
         num_failed=outcome.num_failed,
-        load_s=times.load_s,
+        load_s=measured.load_s,
         prefill_s=prefill_s,
         decode_s=decode_s,
-        total_s=times.load_s + times.run_s,
+        total_s=measured.load_s + measured.run_s,
         prompt_tokens=sum(count.prompt_tokens for count in batcher.counts),
         generated_tokens=outcome.num_tokens,
         decode_step_tokens=decoded,
         links=_links(job, recorder),
-        lanes=_lanes(recorder, times.run_s),
-        tiers=_tiers(plan, stage),
+        lanes=_lanes(recorder, measured.run_s),
+        tiers=_tiers(plan, stage, measured.disk_bytes),
         shares=_shares(plan),
         policy=plan.policy.to_dict(),
-        notes=_notes(job, stage, times),
+        notes=_notes(job, stage, measured),
     )
 
 
@@ -402,12 +407,11 @@ def _lanes(recorder: Recorder, run_s: float) -> list[LaneUse]:
     return uses
 
 
-def _tiers(plan: Plan, stage: Stage) -> list[TierUse]:
-    device_bytes = stage.memory.peak_device_bytes()
+def _tiers(plan: Plan, stage: Stage, disk_bytes: int) -> list[TierUse]:
     measured = {
-        Tier.GPU: device_bytes,
+        Tier.GPU: stage.memory.peak_device_bytes(),
         Tier.CPU: peak_rss_bytes() - stage.memory.emulated_bytes(plan.device_tier),
-        Tier.DISK: plan.tier_bytes(Tier.DISK),
+        Tier.DISK: disk_bytes,
     }
     return [
         TierUse(
@@ -451,14 +455,18 @@ def _shares(plan: Plan) -> list[ShareUse]:
     return uses
 
 
-def _notes(job: Prepared, stage: Stage, times: _Times) -> list[str]:
+def _notes(job: Prepared, stage: Stage, measured: _Measured) -> list[str]:
     notes = []
-    if job.device.unpinned:
-        notes.append(f"{len(job.device.unpinned)} copies were synchronous: memory not page-locked")
-    planned, physical = job.device.disk_read.num_bytes, times.physical_read_bytes
-    if planned and physical is not None and physical < 0.9 * planned:
+    copies = job.device.synchronous
+    if copies.num_copies:
         notes.append(
-            f"the device read {physical / planned:.0%} of the bytes asked of the disk; the rest "
+            f"{copies.num_copies} copies ({format_bytes(copies.num_bytes)}) were synchronous: "
+            f"{format_bytes(stage.memory.unpinned_bytes)} of host memory could not be page-locked"
+        )
+    asked, physical = job.device.disk_read.num_bytes, measured.physical_read_bytes
+    if asked and physical is not None and physical < DISK_BOUND_SHARE * asked:
+        notes.append(
+            f"the device read {physical / asked:.0%} of the bytes asked of the disk; the rest "
             "came from a cache, so this run says nothing about the disk"
         )
     return notes

@@ -65,7 +65,8 @@ class Checkpoint:
 
     def require(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
         """The tensor `name`, provided it has this shape and a dtype that can be computed with."""
-        stored = self.tensors.get(name)
+        # checkpoints saved from the bare decoder lack the outer model's prefix
+        stored = self.tensors.get(name) or self.tensors.get(name.removeprefix("model."))
         if stored is None:
             near = difflib.get_close_matches(name, self.tensors, n=3, cutoff=0.5)
             names = f" Near names: {', '.join(near)}." if near else ""

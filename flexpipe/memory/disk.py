@@ -190,6 +190,11 @@ class DiskFile:
         """Length of the file now."""
         return os.fstat(self._fd).st_size
 
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of the device that the file takes now."""
+        return os.fstat(self._fd).st_blocks * 512
+
     def read(self, buffer: Buffer, offset: int) -> int:
         """Fill `buffer` from `offset`; fewer bytes come back only where the file ends.
 
@@ -276,7 +281,7 @@ class DiskFile:
 
     def reserve(self, num_bytes: int) -> None:
         """Make the file `num_bytes` long with its space taken, so that later writes find room."""
-        missing = num_bytes - os.fstat(self._fd).st_blocks * 512
+        missing = num_bytes - self.allocated_bytes
         check_free_bytes(self.path, missing)
         size = self.size
         with _explained(self.path, "reserve space in", num_bytes):

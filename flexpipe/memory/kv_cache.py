@@ -27,7 +27,7 @@ from flexpipe.schedule.step import MicroBatch, Row
 
 Copy = Callable[[Tensor, Tensor], None]
 
-_READ_OVER_BYTES = 128 * 1024  # gaps between rows that are cheaper to read than to skip
+_READ_OVER_BYTES = int(__import__('os').environ.get('GAP', '0'))  # gaps between rows that are cheaper to read than to skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,17 +97,16 @@ class KvCache:
         """READ_CACHE: what disk rows have behind them, into a slot or a stage. Bytes read."""
         assert self._disk is not None
         target = self._disk_rows(batch.index, slot, self._read_stages, stage)
-        total = 0
         rows = [row for row in self._rows_at(batch, Tier.DISK) if row.num_context]
+        spans = []
         for first, num_bytes in self._extents(batch, rows):
-            rank = self._home_rank[batch.index][rows[first].place]
-            start = rank * self._stride(batch.index)
+            start = self._home_rank[batch.index][rows[first].place] * self._stride(batch.index)
             offset = self._file_offset(batch.index, layer, rows[first].place)
-            self._disk.read(target[start : start + num_bytes].numpy(), offset)
-            total += num_bytes
+            spans.append((offset, num_bytes, target[start : start + num_bytes].numpy()))
+        self._disk.read_spans(spans)
         for row in rows:
             self._join_tail(batch.index, layer, row, target)
-        return total
+        return sum(num_bytes for _, num_bytes, _ in spans)
 
     def load(
         self, batch: MicroBatch, layer: int, *, slot: int, stage: int | None, copy: Copy
@@ -145,7 +144,7 @@ class KvCache:
         """WRITE_CACHE: pages that new tokens filled go to disk, the tail stays here."""
         assert self._disk is not None
         source = self._disk_rows(batch.index, slot, self._write_stages, stage)
-        total = 0
+        spans = []
         for row in self._rows_at(batch, Tier.DISK):
             start = self._home_rank[batch.index][row.place] * self._stride(batch.index)
             begin, end = self._new_bytes(row)
@@ -154,12 +153,13 @@ class KvCache:
                 self._join_tail(batch.index, layer, row, source)
             if full > page:
                 offset = self._file_offset(batch.index, layer, row.place) + page
-                self._disk.write(source[start + page : start + full].numpy(), offset)
-                total += full - page
+                pages = source[start + page : start + full].numpy()
+                spans.append((offset, full - page, pages))
             tail = self._tail(batch.index, layer, row.place)
             keep = max(page, full)
             tail[: end - keep].copy_(source[start + keep : start + end])
-        return total
+        self._disk.write_spans(spans)
+        return sum(num_bytes for _, num_bytes, _ in spans)
 
     def moved_bytes(self, batch: MicroBatch, *, new: bool) -> int:
         """Bytes that LOAD_CACHE (or with `new`, STORE_CACHE) moves for a micro-batch."""

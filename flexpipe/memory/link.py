@@ -1,13 +1,16 @@
 """Links: what bytes cross them, and how fast they may.
 
 A real link only counts. An emulated one is a clock of its own: a move copies its bytes and is done no
-sooner than bytes ÷ bandwidth after the link was free, so two lanes on one link share its bandwidth.
+sooner than bytes ÷ bandwidth after the link was free. Lanes on one link take turns, so that a short move
+does not wait for the whole of a long one.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+
+_TURN_S = 1e-3  # what a move may use of an emulated link before others get their turn
 
 
 class Link:
@@ -27,11 +30,15 @@ class Link:
         """Account for bytes whose copy began at `started`; return when the link is done with them."""
         with self._lock:
             self.num_bytes += num_bytes
-            if self.bytes_per_s is None:
-                return
-            self._free_at = max(self._free_at, started) + num_bytes / self.bytes_per_s
-            done_at = self._free_at
-        wait_until(done_at, self._stop)
+        if self.bytes_per_s is None:
+            return
+        left_s, done_at = num_bytes / self.bytes_per_s, started
+        while left_s > 0 and not self._stop.is_set():
+            turn_s = min(left_s, _TURN_S)
+            with self._lock:
+                self._free_at = done_at = max(self._free_at, done_at) + turn_s
+            wait_until(done_at, self._stop)
+            left_s -= turn_s
 
 
 def wait_until(moment: float, stop: threading.Event) -> None:

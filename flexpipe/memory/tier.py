@@ -37,6 +37,8 @@ class TierMemory:
     def __init__(self, device: torch.device, *, pin: bool) -> None:
         self._device = device
         self._pin = pin and device.type == "cuda"
+        if device.type != "cpu":
+            torch.accelerator.reset_peak_memory_stats(device)
         self._registered: list[Tensor] = []
         self._taken_on_device = 0
         self.pinned_bytes = 0
@@ -58,7 +60,7 @@ class TierMemory:
     def take_on_host(self, num_bytes: int, what: str) -> Tensor:
         """Zeroed host bytes, page-locked if the run asks for it and the system allows it."""
         slab = _host_bytes(num_bytes, what)
-        if self._pin:
+        if self._pin and num_bytes:
             self._lock(slab, what)
         return slab
 
@@ -80,15 +82,18 @@ class TierMemory:
             _cudart().cudaHostUnregister(slab.data_ptr())
 
     def _lock(self, slab: Tensor, what: str) -> None:
-        """Exactly the slab's bytes: torch's own pinned allocator rounds up to powers of two."""
+        """Exactly the slab's bytes: torch's own pinned allocator rounds up to powers of two.
+
+        How much the system lets us lock is found out slab by slab; a refusal does not end it, for a
+        smaller slab may still go.
+        """
         size = slab.numel()
-        code = _cudart().cudaHostRegister(
-            slab.data_ptr(), size, _CUDA_HOST_REGISTER_PORTABLE
-        )
+        code = _cudart().cudaHostRegister(slab.data_ptr(), size, _CUDA_HOST_REGISTER_PORTABLE)
         if int(code) == 0:
             self._registered.append(slab)
             self.pinned_bytes += size
             return
+        _forget_error(self._device)
         if not self.unpinned_bytes:
             log.warning(
                 "%s of host memory for %s could not be page-locked after %s; copies from there are "
@@ -102,6 +107,12 @@ class TierMemory:
 
 def _cudart() -> Any:
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def _forget_error(device: torch.device) -> None:
+    """Let a kernel of no consequence report the refusal, or the next one would be blamed for it."""
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device=device)
 
 
 def _host_bytes(num_bytes: int, what: str) -> Tensor:

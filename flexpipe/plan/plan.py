@@ -161,23 +161,18 @@ class Plan:
         return self.embed_home != self.device_tier
 
     @property
-    def prefetch_depth(self) -> int:
-        """Layers ahead whose weights are loaded; never a whole round."""
-        return min(self.policy.prefetch_depth, len(self.layers) - 1)
-
-    @property
     def num_head_layers(self) -> int:
         return sum(layer.kind == LayerKind.HEAD for layer in self.layers)
 
     @cached_property
+    def streamed_layers(self) -> tuple[LayerPlan, ...]:
+        """Layers whose weights travel, in the order of use."""
+        return tuple(layer for layer in self.layers if layer.is_streamed)
+
+    @property
     def num_weight_slots(self) -> int:
-        """Streamed layers that can be in flight or in use at once."""
-        count, depth = len(self.layers), self.prefetch_depth
-        streamed = [layer.is_streamed for layer in self.layers]
-        return max(
-            sum(streamed[(first + ahead) % count] for ahead in range(depth + 1))
-            for first in range(count)
-        )
+        """One for the streamed layer in use, and one for each that is loaded ahead."""
+        return min(self.policy.prefetch_depth + 1, len(self.streamed_layers))
 
     def slot_places(self, mb: MicroBatchPlan) -> tuple[int, ...]:
         """Places whose KV cache passes through a slot, in the order they lie there."""

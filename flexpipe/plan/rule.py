@@ -105,7 +105,8 @@ def _shapes(given: Mapping[str, Any], num_rows: int) -> Iterator[dict[str, Any]]
         _free(given, "kv_cache", (0, 1, 2)),
     ):
         shape: dict[str, Any] = {"max_batch_tokens": tokens, "num_micro_batches": count}
-        shape["micro_batch_size"] = min(size, tokens) if size is not None else None
+        limit = given["max_batch_tokens"] if tokens is None else tokens
+        shape["micro_batch_size"] = None if size is None else min(size, limit)
         shape["kv_cache"] = kv
         yield {name: value for name, value in shape.items() if value is not None}
 

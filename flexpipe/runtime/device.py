@@ -19,6 +19,18 @@ from flexpipe.plan.hardware import Emulation
 from flexpipe.plan.tier import Tier
 
 
+@dataclass(slots=True)
+class SynchronousCopies:
+    """Copies that held up their issuer, because the host's side was not page-locked."""
+
+    num_copies: int = 0
+    num_bytes: int = 0
+
+    def add(self, num_bytes: int) -> None:
+        self.num_copies += 1
+        self.num_bytes += num_bytes
+
+
 @dataclass(frozen=True, kw_only=True)
 class Device:
     """A compute device with its links; `stop` ends every wait of the run."""
@@ -33,7 +45,7 @@ class Device:
     disk_read: Link
     disk_write: Link
     flops_per_s: float | None = None
-    unpinned: list[int] = field(default_factory=list)
+    synchronous: SynchronousCopies = field(default_factory=SynchronousCopies)
 
     @property
     def links(self) -> tuple[Link, ...]:
@@ -51,7 +63,7 @@ class Device:
         host = source if source.device.type == "cpu" else target
         pinned = host.is_pinned()
         if not pinned:
-            self.unpinned.append(host.numel())
+            self.synchronous.add(source.nbytes)
         target.copy_(source, non_blocking=pinned)
 
 

@@ -172,14 +172,16 @@ class Dispatcher:
                 events = self._events_of(op)
             try:
                 event = self._streams[op.lane].issue(op, events)
-            except BaseException as error:
+                with self._changed:
+                    self._events[op.id] = event
+                    if len(self._events) > _KEPT_EVENTS:
+                        self._events = {key: e for key, e in self._events.items() if not e.query()}
+                    self._met(op)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # a device reports late: it may be an earlier op's
                 self._failed(op, error)
                 return
-            with self._changed:
-                self._events[op.id] = event
-                if len(self._events) > _KEPT_EVENTS:
-                    self._events = {key: e for key, e in self._events.items() if not e.query()}
-                self._met(op)
 
     def _done(self, op: Op) -> None:
         with self._changed:
@@ -206,16 +208,22 @@ class Dispatcher:
         if self._failure is None and not (isinstance(error, Stopped) and self._device.stop.is_set()):
             self._failure = (op, error)
         self._device.stop.set()
+        for thread in self._threads.values():
+            thread.quit()
 
     def _end(self) -> None:
+        """Return when nothing of the run is at work any more: no thread, no stream."""
         for thread in self._threads.values():
             thread.quit()
         limit = time.perf_counter() + _JOIN_TIMEOUT_S
         for thread in self._threads.values():
             thread.join(max(0.0, limit - time.perf_counter()))
-        if self._failure is None:
-            for stream in self._streams.values():
+        for stream in self._streams.values():
+            try:
                 stream.collect(wait=True)
+            except BaseException as error:
+                assert stream.oldest is not None
+                self._failed(stream.oldest, error)
 
 
 def _told(op: Op, error: BaseException, describe: Callable[[Op], str]) -> FlexpipeError:

@@ -82,11 +82,10 @@ class ThreadLane:
             start = time.perf_counter()
             self._perform(op)
             end = time.perf_counter()
+            self._recorder.add(op, start - self._start_s, end - self._start_s)
+            self._done(op)
         except BaseException as error:
             self._failed(op, error)
-            return
-        self._recorder.add(op, start - self._start_s, end - self._start_s)
-        self._done(op)
 
 
 class StreamLane:
@@ -120,11 +119,19 @@ class StreamLane:
         self.collect()
         return end
 
+    @property
+    def oldest(self) -> Op | None:
+        """The first op that is not known to be done."""
+        return self._running[0][0] if self._running else None
+
     def collect(self, *, wait: bool = False) -> None:
-        """Report the ops that are done."""
-        while self._running and (wait or self._running[0][2].query()):
-            op, begin, end = self._running.popleft()
+        """Report the ops that are done; with `wait`, all of them."""
+        while self._running:
+            op, begin, end = self._running[0]
             if wait:
                 end.synchronize()
+            elif not end.query():
+                return
             start_s = self._origin.elapsed_time(begin) / 1e3
             self._recorder.add(op, start_s, start_s + begin.elapsed_time(end) / 1e3)
+            self._running.popleft()

@@ -324,7 +324,9 @@ class Stage:
         fetched = self._fetched[layout.source.index]
         for target, source in zip(fetched, layout.tokens, strict=True):
             target[:count].copy_(source, non_blocking=target.is_pinned())
-        self._device.d2h.deliver(sum(source.nbytes for source in layout.tokens), time.perf_counter())
+        if self.plan.streams_to_device:
+            num_bytes = sum(source.nbytes for source in layout.tokens)
+            self._device.d2h.deliver(num_bytes, time.perf_counter())
 
     def _commit(self, op: Op) -> None:
         layout = self._layout(op)
@@ -337,6 +339,11 @@ class Stage:
             )
         ]
         self._commit_rows(layout.source, sampled)
+
+    def logits(self, op: Op) -> tuple[Sequence[Row], Tensor]:
+        """The rows that a SAMPLE op samples and their logits, [R, V]; for whoever watches a run."""
+        layout = self._layout(op)
+        return layout.sampled, self._logits_view(layout.source.index, len(layout.sampled))
 
     def flops(self, op: Op) -> int:
         """Floating-point operations of a COMPUTE op."""

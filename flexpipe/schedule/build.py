@@ -76,6 +76,7 @@ class ScheduleBuilder:
         }
         self._rings = {pool: _Ring(sizes.get(pool, NUM_STAGES)) for pool in Pool}
         self._in_use: dict[tuple[Pool, int, int], int] = {}
+        self._ahead = _loads_ahead(plan)
 
     def _take(self, pool: Pool, layer: int = 0, mb: int = 0) -> int:
         """The pool's next slot, remembered for the ops of (layer, micro-batch) that use it."""
@@ -83,9 +84,10 @@ class ScheduleBuilder:
         return slot
 
     def first_weights(self) -> Iterator[Op]:
-        """Loads that precede the first step: the layers that its own loads come too late for."""
-        for layer in self._plan.layers[: self._plan.prefetch_depth]:
-            yield from self._load_weights(0, layer)
+        """Loads that precede the first step: as many as there are slots, less its own first one."""
+        for layer in self._plan.streamed_layers[: self._plan.num_weight_slots]:
+            if layer is not self._ahead.get(0):
+                yield from self._load_weights(0, layer)
         yield from self._edges.end_of_layer(0, 0)
 
     def step(self, index: int, micro_batches: MicroBatches) -> Iterator[Op | None]:
@@ -113,13 +115,11 @@ class ScheduleBuilder:
                 yield from self._edges.end_of_layer(index, layer.position)
 
     def _load_ahead(self, step: int, here: LayerPlan) -> Iterator[Op]:
-        layers = self._plan.layers
-        ahead = layers[(here.position + self._plan.prefetch_depth) % len(layers)]
-        yield from self._load_weights(step, ahead)
+        ahead = self._ahead.get(here.position)
+        if ahead is not None:
+            yield from self._load_weights(step, ahead)
 
     def _load_weights(self, step: int, layer: LayerPlan) -> Iterator[Op]:
-        if not layer.is_streamed:
-            return
         slot = self._take(Pool.WEIGHT_SLOT, layer.position)
         target: Resource = (Pool.WEIGHT_SLOT, slot, 0, 0)
         edges, position = self._edges, layer.position
@@ -425,6 +425,18 @@ class ScheduleBuilder:
     def barrier(self, step: int, layer: LayerPlan) -> Iterator[Op]:
         """What the strategy puts after each (layer, micro-batch)."""
         return self._edges.end_of_iteration(step, layer.position)
+
+
+def _loads_ahead(plan: Plan) -> dict[int, LayerPlan]:
+    """Position -> the layer whose weights are loaded from there on, in the slot that the streamed
+    layer right before has left. Where the last layer streams, position 0 loads for its own step."""
+    streamed = plan.streamed_layers
+    return {
+        (left.position + 1) % len(plan.layers): streamed[
+            (index + plan.num_weight_slots) % len(streamed)
+        ]
+        for index, left in enumerate(streamed)
+    }
 
 
 class _Work:

@@ -1,1 +1,0 @@
-from tests.hf import hf_checkpoint, hf_reference  # noqa: F401  (fixtures)

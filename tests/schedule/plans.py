@@ -1,0 +1,197 @@
+"""Tiny plans without a checkpoint, and steps without a job.
+
+Plans here are what `flexpipe.plan` makes of a policy for a model that exists only as shapes. Steps are
+drawn freely, within what a job could ask: micro-batches may be absent, rows prefill in chunks or
+decode, and some steps sample nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hypothesis import strategies as st
+
+from flexpipe.errors import PolicyError
+from flexpipe.model.config import DTYPE_BYTES, ModelConfig
+from flexpipe.model.families import read_config
+from flexpipe.plan.block import Need
+from flexpipe.plan.placement import model_tensors
+from flexpipe.plan.plan import Budgets, Plan, make_plan
+from flexpipe.plan.policy import STRATEGIES, Policy, Shares
+from flexpipe.plan.tier import Tier
+from flexpipe.schedule.build import schedule
+from flexpipe.schedule.op import Op
+from flexpipe.schedule.step import MicroBatch, Row
+
+ROOMY = Budgets(gpu=2**50, cpu=2**50, disk=2**50)
+
+
+def tiny_config(**changes: Any) -> ModelConfig:
+    """A Llama of three small layers; keys of config.json may be changed."""
+    return read_config(
+        {
+            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM"],
+            "vocab_size": 320,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 512,
+            "rms_norm_eps": 1e-6,
+            "hidden_act": "silu",
+            "tie_word_embeddings": False,
+            "torch_dtype": "float32",
+            "rope_theta": 10000.0,
+            "eos_token_id": 2,
+            **changes,
+        }
+    )
+
+
+@dataclass(frozen=True)
+class FakeTensor:
+    """A tensor of a checkpoint that is not there."""
+
+    dtype: str
+    offset: int
+    num_bytes: int
+    path: object = "model.safetensors"
+
+
+def stored_tensors(config: ModelConfig, dtype: str | None = None) -> dict[str, FakeTensor]:
+    """All tensors of a model, one behind the other in one file."""
+    found, offset = {}, 4096
+    for spec in model_tensors(config):
+        num_bytes = spec.num_elements * DTYPE_BYTES[dtype or config.dtype]
+        found[spec.name] = FakeTensor(dtype or config.dtype, offset, num_bytes)
+        offset += num_bytes
+    return found
+
+
+NEEDS = (Need(70, 6), Need(30, 6), Need(12, 6), Need(9, 6), Need(5, 6), Need(3, 6), Need(1, 6))
+
+
+def tiny_plan(
+    policy: Policy | Mapping[str, Any] | None = None,
+    *,
+    tier: Tier = Tier.GPU,
+    config: ModelConfig | None = None,
+    needs: Sequence[Need] = NEEDS,
+    budgets: Budgets = ROOMY,
+    dtype: str | None = None,
+    **knobs: Any,
+) -> Plan:
+    """The plan for a policy, or for knobs of one, on a device beside `tier`."""
+    config = config or tiny_config()
+    given = policy if isinstance(policy, Policy) else Policy(**{**(policy or {}), **knobs})
+    return make_plan(
+        config,
+        given,
+        needs,
+        stored_tensors(config, dtype),
+        budgets,
+        device_tier=tier,
+        compute_dtype="float32",
+    )
+
+
+def step_of(plan: Plan, *, context: int = 8, tokens: int = 1, sampled: bool = True) -> MicroBatches:
+    """All rows of the block doing the same."""
+    ids = tuple(range(3, 3 + tokens))
+    return tuple(
+        MicroBatch(
+            mb.index,
+            tuple(Row(p, p, context, ids, sampled) for p in range(mb.num_places)),
+        )
+        for mb in plan.micro_batches
+    )
+
+
+MicroBatches = tuple[MicroBatch, ...]
+
+
+def ops_of(plan: Plan, steps: Sequence[MicroBatches]) -> list[Op]:
+    """The whole schedule of these steps."""
+    ops = schedule(plan, lambda index: iter(steps[index]) if index < len(steps) else None)
+    return [op for op in ops if op is not None]
+
+
+def shares(tier: Tier) -> st.SearchStrategy[Shares]:
+    """Shares in tenths of what tiers a device beside `tier` has."""
+
+    def cut(ends: tuple[int, int]) -> Shares:
+        low, high = sorted(ends)
+        gpu, cpu, disk = low, high - low, 10 - high
+        if tier == Tier.CPU:
+            gpu, cpu = 0, gpu + cpu
+        return Shares(gpu=gpu / 10, cpu=cpu / 10, disk=disk / 10)
+
+    tenths = st.one_of(st.sampled_from([0, 10]), st.integers(0, 10))
+    return st.tuples(tenths, tenths).map(cut)
+
+
+@st.composite
+def plans(draw: st.DrawFn, *, strategy: str | None = None) -> Plan:
+    """Any plan of the tiny model; policies whose shares no whole item fits are drawn again."""
+    tier = draw(st.sampled_from([Tier.GPU, Tier.CPU]))
+    config = tiny_config(
+        num_hidden_layers=draw(st.integers(1, 4)),
+        vocab_size=draw(st.sampled_from([96, 320, 1000])),
+        tie_word_embeddings=draw(st.booleans()),
+    )
+    num_rows = draw(st.integers(1, 9))
+    for _ in range(20):
+        try:
+            return tiny_plan(
+                tier=tier,
+                config=config,
+                needs=NEEDS[:num_rows] if num_rows <= len(NEEDS) else (*NEEDS, *NEEDS[:2]),
+                weights=draw(shares(tier)),
+                kv_cache=draw(shares(tier)),
+                hidden=draw(shares(tier)),
+                micro_batch_size=draw(st.integers(1, 3)),
+                num_micro_batches=draw(st.integers(1, 5)),
+                max_batch_tokens=draw(st.sampled_from([8, 64])),
+                prefetch_depth=draw(st.sampled_from([1, 1, 2, 3, 9])),
+                separate_layers=draw(st.booleans()),
+                strategy=strategy or draw(st.sampled_from(STRATEGIES)),
+            )
+        except PolicyError:
+            continue
+    return tiny_plan(tier=tier, config=config, strategy=strategy or "event")
+
+
+@st.composite
+def steps_for(draw: st.DrawFn, plan: Plan, *, most: int = 4) -> list[MicroBatches]:
+    """A sequence of steps: empty micro-batches, chunks, mixed phases, nothing sampled."""
+    contexts: dict[tuple[int, int], int] = {}
+    made = []
+    for _ in range(draw(st.integers(1, most))):
+        batches = tuple(_batches(draw, plan, contexts))
+        if not batches:  # a job forms no step without rows
+            continue
+        made.append(batches)
+    return made
+
+
+def _batches(
+    draw: st.DrawFn, plan: Plan, contexts: dict[tuple[int, int], int]
+) -> Iterator[MicroBatch]:
+    for mb in plan.micro_batches:
+        rows = []
+        for place in range(mb.num_places):
+            does = draw(st.sampled_from(["idle", "begin", "chunk", "go on", "decode", "decode"]))
+            context = contexts.get((mb.index, place), 0)
+            if does == "begin":
+                context = 0
+            new = 1 if does == "decode" else 3
+            if does == "idle" or context + new > mb.region_tokens:
+                continue
+            contexts[mb.index, place] = context + new
+            rows.append(Row(place, place, context, tuple(range(new)), does not in ("chunk", "begin")))
+        if rows:
+            yield MicroBatch(mb.index, tuple(rows))
