@@ -1,8 +1,8 @@
 """Does the planned peak of each tier equal the measured one?
 
-Runs unlike policies on models with random weights, each in a process of its own, and prints what the
-plan said, what the kernel measured, and what the budget was. `python benchmarks/memory.py [CASE ...]`
-runs all cases or those named; `--work DIR` says where model shapes and offloaded bytes go.
+Runs unlike policies on models with random weights, each in a process of its own, and prints what
+the plan said, what the kernel measured, and what the budget was. `python benchmarks/memory.py`
+runs all cases or those named behind it; `--work DIR` says where models and offloaded bytes go.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ CASES: Mapping[str, Case] = {
         given={"micro_batch_size": 16, "num_micro_batches": 2},
     ),
     "cpu, 1900-token prompts in chunks": Case(
-        num_prompts=8, prompt=1900, given={"max_batch_tokens": 512}, percent=(0, 100, 0, 100, 0, 100)
+        num_prompts=8, prompt=1900, percent=(0, 100, 0, 100, 0, 100),
+        given={"max_batch_tokens": 512},
     ),
     "cpu, 1900-token prompts whole": Case(
         layers=8, num_prompts=2, prompt=1900, percent=(0, 100, 0, 100, 0, 100)
@@ -75,6 +76,7 @@ CASES: Mapping[str, Case] = {
     ),
     "cpu, 400 steps": Case(layers=4, num_prompts=4, output=400),
     "cpu, no policy": Case(),
+    "cpu, no policy, --cpu-mem 700MB": Case(given={"cpu_mem": 700 * MB}),
     "cpu, bf16 compute": Case(
         layers=8, percent=(0, 100, 0, 100, 0, 100), given={"compute_dtype": "bfloat16"}
     ),
@@ -92,7 +94,9 @@ CASES: Mapping[str, Case] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="*", help="names of cases; all without one")
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "flexpipe-memory")
+    parser.add_argument(
+        "--work", type=Path, default=Path(tempfile.gettempdir()) / "flexpipe-memory"
+    )
     parser.add_argument("--json", type=Path, help="also write the raw figures there")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -1,7 +1,7 @@
 """One measured run of the engine in this process: what every benchmark here repeats.
 
-Prompts are token ids, weights random in a model's true shapes; a run is timed from its first op to its
-last, without the loading before it.
+Prompts are token ids, weights random in a model's true shapes; a run is timed from its first op to
+its last, without the loading before it.
 """
 
 from __future__ import annotations
@@ -45,12 +45,19 @@ class Trial:
 
 
 def llama_shape(
-    directory: Path, *, layers: int, hidden: int, ffn: int, heads: int, vocab: int
+    directory: Path,
+    *,
+    layers: int,
+    hidden: int,
+    ffn: int,
+    heads: int,
+    vocab: int,
+    dtype: str = "float32",
 ) -> Path:
     """A Llama config of these sizes in `directory`; `load_format="dummy"` gives it weights."""
     config = {
         "model_type": "llama",
-        "torch_dtype": "float32",
+        "torch_dtype": dtype,
         "hidden_size": hidden,
         "intermediate_size": ffn,
         "num_hidden_layers": layers,

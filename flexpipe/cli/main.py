@@ -2,15 +2,16 @@
 
 Every way out is decided here: an error of the user's making is one text on stderr and its exit
 code, Ctrl-C is one line and 130, a closed pipe is silent and 141. Only a bug shows a traceback,
-unless `--debug` or FLEXPIPE_DEBUG asks for it.
+unless `--debug` or FLEXPIPE_DEBUG asks for it. What the rooms log is told on stderr, line by line.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 import click
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def _exit_code(arguments: list[str]) -> int:
     try:
-        with cli.make_context("flexpipe", arguments) as context:
+        with _told_on_stderr(), cli.make_context("flexpipe", arguments) as context:
             cli.invoke(context)
         sys.stdout.flush()
     except click.exceptions.Exit as exit:
@@ -67,6 +68,32 @@ def _exit_code(arguments: list[str]) -> int:
     except OSError as error:  # files come and go; the text names the one
         return _refuse(error, "", str(error), FlexpipeError.exit_code)
     return 0
+
+
+@contextlib.contextmanager
+def _told_on_stderr() -> Iterator[None]:
+    """What the rooms log for people, from INFO on, goes to stderr meanwhile."""
+    log, lines = logging.getLogger("flexpipe"), _Lines()
+    level = log.level
+    log.addHandler(lines)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        log.removeHandler(lines)
+
+
+class _Lines(logging.Handler):
+    """One line per record, above the progress bar where one is shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm  # not needed for --help
+
+        kind = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        text = " ".join(record.getMessage().split())
+        with contextlib.suppress(OSError, ValueError):  # nobody reads stderr any more
+            tqdm.write(f"flexpipe: {kind}{text}", file=sys.stderr)
 
 
 def _refuse(error: Exception, usage: str, text: str, exit_code: int) -> int:

@@ -86,7 +86,7 @@ def all_templates(split: Split) -> frozenset[str]:
 class Scene(dict[str, str]):
     """The words of one ticket: each slot is drawn when first asked for and then stays.
 
-    `{product2}` is a product other than `{product}`: a ticket may name two that must differ.
+    `{product2}` is a product other than `{product}`: a ticket may name several that must differ.
     """
 
     def __init__(self, rng: random.Random) -> None:
@@ -94,11 +94,13 @@ class Scene(dict[str, str]):
         self._rng = rng
 
     def __missing__(self, slot: str) -> str:
-        kind = slot.rstrip("2")
+        kind = slot.rstrip("234")
+        if kind == "any":  # salad: another word at each place
+            return self._rng.choice(WORDS[kind])
         if kind in NUMBERS:
             self[slot] = NUMBERS[kind](self._rng)
         else:
-            taken = (self.get(kind), self.get(f"{kind}2"))
+            taken = [self.get(f"{kind}{suffix}") for suffix in ("", 2, 3, 4)]
             self[slot] = self._rng.choice([word for word in WORDS[kind] if word not in taken])
         return self[slot]
 
@@ -196,8 +198,23 @@ NUMBERS: Mapping[str, Callable[[random.Random], str]] = {
     "postcode": _digits(5),
 }
 
-# Words that any split may use.
+# Words that any split may use. Templates made of `{any}` word salad occur in training only: there
+# nothing but the cue tells, so that cues are understood in sentences never seen.
 WORDS: Mapping[str, Sequence[str]] = {
+    "any": (
+        *("the", "of", "and", "to", "see", "is", "was", "that", "this", "with", "for", "from"),
+        *("you", "we", "our", "has", "just", "here", "about", "after", "before", "then", "also"),
+        *("very", "please", "still", "some", "more", "all", "but", "if", "when", "while", "which"),
+        *("who", "what", "where", "how", "there", "they", "it", "at", "on", "in", "by", "as", "do"),
+        *("did", "can", "could", "would", "will", "me", "my", "your", "one", "look", "say", "I"),
+        *("think", "know", "go", "give", "find", "keep", "show", "tell", "use", "write", "writing"),
+        *("wrote", "talk", "ask", "number", "thing", "people", "home", "house", "phone", "card"),
+        *("letter", "photo", "paper", "shop", "store", "team", "answer", "solve", "expect", "need"),
+        *("since", "because", "already", "again", "once", "today's", "last", "first", "next"),
+        *("yesterday", "week", "year", "gift", "good", "great", "nice", "small", "big", "old"),
+        *("new", "sure", "surely", "busy", "far", "near", "way", "like", "receipt", "placed"),
+        *("concerned", "mine", "yours", "sorry", "lost", "email", "hand", "weather", "review"),
+    ),
     "product": (
         *("coffee grinder", "desk lamp", "rain jacket", "water bottle", "backpack", "keyboard"),
         *("phone case", "blender", "toaster", "kettle", "bread knife", "picture frame", "tent"),
@@ -294,6 +311,9 @@ COMPLAINTS: Mapping[str, Templates] = {
             "the {colour} {product} was {broken} on delivery",
             "one side of the {product} is {broken} and the {part} is {broken2}",
             "why is the {part} of a new {product} {broken}?",
+            "{any} {product} {any2} {broken} {any3}",
+            "{any} {broken} {part} {any2} {product}",
+            "{product} {any} {part} {any2} {broken}",
         ),
         "held-out": (
             "the {part} was already {broken} when the {product} reached me",
@@ -317,6 +337,11 @@ COMPLAINTS: Mapping[str, Templates] = {
             "there was a {product2} in my parcel {instead} the {product} I paid for",
             "you delivered the {colour2} {product}, I had chosen the {colour} one",
             "why did I get a {product2} when I ordered a {product}?",
+            "{any} {product2} {instead} {any2} {product}",
+            "{any} ordered {any2} {product} {any3} received {product2}",
+            "{any} wrong item {any2} {product2} {any3}",
+            "{any} {product} {any2} delivered {any3} {product2}",
+            "{any} {colour} {product} {any2} {instead} {colour2}",
         ),
         "held-out": (
             "in the parcel was a {product2} {instead} the {product} I had chosen",
@@ -340,6 +365,9 @@ COMPLAINTS: Mapping[str, Templates] = {
             "still no sign of the {product} after {span}",
             "I wait at home every {day} and the parcel {late}",
             "the shipment left {city} {span} ago and {late}",
+            "{any} {product} {late} {any2}",
+            "{any} {span} {any2} waiting {any3} {product}",
+            "{any} {any2} shipment {late} {any3}",
         ),
         "held-out": (
             "after {span} of waiting the {product} {late}",
@@ -363,6 +391,9 @@ COMPLAINTS: Mapping[str, Templates] = {
             "please send the {accessory}, it was {missing}",
             "both the {accessory} and the {accessory2} are {missing}",
             "without the {accessory}, which is {missing}, the {product} is useless",
+            "{any} {accessory} {any2} {missing} {any3}",
+            "{any} {product} {any2} without {any3} {accessory}",
+            "no {accessory} {any} {any2} {product}",
         ),
         "held-out": (
             "I found everything except the {accessory}, which is {missing}",
@@ -386,6 +417,9 @@ COMPLAINTS: Mapping[str, Templates] = {
             "I was told the {money} takes {span}, but nothing was paid out",
             "please pay out the {money} for the {product} I returned",
             "the {product} went back on {day} and no {money} so far",
+            "{any} {money} {any2} {product}",
+            "{any} {product} {any2} returned {any3} {money}",
+            "{money} {any} {any2} {any3}",
         ),
         "held-out": (
             "since I returned the {product} I have waited for the {money}",
@@ -409,6 +443,10 @@ COMPLAINTS: Mapping[str, Templates] = {
             "I see two payments of {amount} on my card for one {product}",
             "the shipping fee was charged {twice}",
             "I need a corrected invoice for the {product}",
+            "{any} charged {any2} {twice}",
+            "{any} billed {twice} {any2} {product}",
+            "{any} invoice {any2} {amount} {any3}",
+            "{any} {any2} bank {any3} {twice}",
         ),
         "held-out": (
             "for the {product} my bank account was charged {twice}",
@@ -432,6 +470,9 @@ COMPLAINTS: Mapping[str, Templates] = {
             "how do I {login} with a new phone?",
             "the code you text me to {login} is never accepted",
             "my user name is unknown when I want to {login}",
+            "{any} {login} {any2}",
+            "{any} password {any2} {any3}",
+            "{any} {any2} account {any3} locked",
         ),
         "held-out": (
             "since {day} I fail to {login}, the password is never accepted",
@@ -455,6 +496,9 @@ COMPLAINTS: Mapping[str, Templates] = {
             "my {relative} already has a {product}, so please {cancel} it",
             "is it possible to {cancel} the purchase?",
             "we {cancel} the order of {day}, the {product} is not needed",
+            "{any} {cancel} {any2} {product}",
+            "{any} {any2} {cancel} {any3} order",
+            "{product} {any} {cancel} {any2}",
         ),
         "held-out": (
             "I would like to {cancel} the purchase of the {product}",
@@ -478,6 +522,11 @@ COMPLAINTS: Mapping[str, Templates] = {
             "will the {colour} {product} be in stock in {month}?",
             "can I use the {product} in the {room}?",
             "I would like to know if the {product} is made in {city}",
+            "{any} {product} {any2} {room}?",
+            "{any} {any2} {product} available {any3}?",
+            "{any} {accessory} suitable {any2} {product}?",
+            "{any} {any2} size {any3} {product}?",
+            "{any} recommend {any2} {product} {any3} {room}?",
         ),
         "held-out": (
             "I wonder if the {product} is available in {colour}",
@@ -511,6 +560,11 @@ URGENCY: Mapping[str, Templates] = {
             "call me {now}, please",
             "urgent: my {relative} needs it {now}",
             "I expect a solution {now}",
+            "{any} {any2} {now}",
+            "{any} {any2} {any3} {any4} {now}",
+            "{now} {any} {any2} {any3}",
+            "{any} emergency {any2} {now}",
+            "{any} urgent {any2} {any3} {now}",
         ),
         "held-out": (
             "please solve this {now}",
@@ -531,6 +585,10 @@ URGENCY: Mapping[str, Templates] = {
             "honestly, {angry}",
             "I have complained before and it is {angry}",
             "that is {angry} and I will tell everybody",
+            "{any} {any2} {angry}",
+            "{any} {any2} {any3}, {angry}",
+            "{angry}, {any} {any2} {any3}",
+            "{any} {any2} {angry} {any3} {any4}",
         ),
         "held-out": (
             "I think this is {angry}",
@@ -551,6 +609,10 @@ URGENCY: Mapping[str, Templates] = {
             "{calm} on my side",
             "thanks in advance and {calm}",
             "nothing dramatic, {calm}",
+            "{any} {any2} {any3}, {calm}",
+            "{any} {any2}: {calm}",
+            "{calm}, {any} {any2} {any3}",
+            "{calm} {any} {any2} {any3} {any4}",
         ),
         "held-out": (
             "I am in no way stressed, {calm}",
@@ -577,6 +639,18 @@ ORDER: Templates = {
         "on the receipt I see {order} as the order number",
         "{order} is my order",
         "regarding {order}, the order I placed from {city}",
+        "{any} order {order}",
+        "{any} order {order} {any2} {any3}",
+        "{any} {any2} order {order} {any3}",
+        "order {order} {any} {any2}",
+        "{order} {any} order number",
+        "{order} {any} {any2} order",
+        "{order} {any} {any2} order id {any3}",
+        "{any} {any2} {any3} order, {order}",
+        "order number {any} {any2} {order}",
+        "{any} {any2} order id {order} {any3}",
+        "{any} number {any2} order {any3} {order}",
+        "{any} order: {order} {any2}",
     ),
     "held-out": (
         "the number of my order is {order}",
@@ -595,6 +669,9 @@ NO_ORDER: Templates = {
         "sorry, I cannot find the order id",
         "there is no order yet",
         "I deleted the email with the order number",
+        "{any} order number {any2} {any3}",
+        "{any} {any2} the order id {any3}",
+        "{any} {any2} {any3} order number",
     ),
     "held-out": (
         "sorry, the order number is not at hand",
@@ -630,6 +707,18 @@ SMALL_TALK: Templates = {
         "I read {count} good reviews about your shop",
         "the box was {count} cm wide",
         "my {relative} turns {count} in {month}",
+        "{any} {any2} {count} {any3}",
+        "{customer} {any} {any2} {any3}",
+        "{any} {customer} {any2}",
+        "customer {any} {customer} {any2}",
+        "{any} {any2} {year} {any3}",
+        "{any} {any2} {phone}",
+        "{any} {model} {any2} {any3}",
+        "{any} {any2} {amount}",
+        "{any} {any2} {any3} {any4}",
+        "{any} {any2} {name2} {any3} {relative}",
+        "{any} {any2} {product2} {any3}",
+        "{any} {city} {any2} {count} {any3}",
     ),
     "held-out": (
         "for {count} years I have bought from your shop",

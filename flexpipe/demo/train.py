@@ -3,7 +3,8 @@
 Decides tokenizer, architecture and recipe, and writes a Hugging Face model directory. What a ticket
 is and which answer is right is left to `flexpipe.demo.tickets`. Tickets are drawn as training goes,
 so none is seen twice and memorizing cannot help. Short tickets come first, and Muon moves the
-matrices: copying an order id then forms within a minute or two; with AdamW alone it did not in six.
+matrices: in a trial on one thread, order ids were copied within a minute. With AdamW alone they
+were not after three (one trial each; learning rate and batch differed, so no fair race).
 Invariants: training only sees the train split; the accuracy reported is that of the float16 weights
 as written, read back and run in float32.
 
@@ -69,7 +70,7 @@ class Recipe:
     learning_rate: float = 3e-3
     warmup_share: float = 0.02  # of the training time
     short_chars: int = 110  # prompts no longer than this come first
-    short_until: float = 0.1  # share of the time after which longer ones join, little by little
+    short_until: float = 0.12  # share of the time after which longer ones join, little by little
     long_from: float = 0.4  # share of the time after which all prompts are drawn
     weight_decay: float = 0.05
     prompt_weight: float = 0.3  # predicting prompts, too, lets copying form early
@@ -363,6 +364,8 @@ trained from scratch by `flexpipe.demo.train` and knows nothing else. Weights ar
 - Accuracy on {NUM_HELD_OUT} held-out tickets (seed {HELD_OUT_SEED}; templates and id ranges unseen
   in training; float16 weights run in float32): **{got.exact:.1%} exact match** (category
   {got.category:.1%}, priority {got.priority:.1%}, order id {got.order_id:.1%}).
+- How much the number says: train templates were widened once (word salad, `flexpipe.demo.tickets`)
+  after a first model failed on these held-out tickets with 73.4 %, so they guided one choice.
 - Command: `{command}`
 - Seed {recipe.seed}; {took.num_steps} steps, {took.num_tickets} tickets, {took.seconds / 60:.1f}
   minutes. The schedule follows the clock, so another run gives other weights.

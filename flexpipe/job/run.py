@@ -1,7 +1,7 @@
 """One batch job from its spec to its report: the way of a request through the rooms.
 
-Input and model are read and the plan is made and checked before anything is loaded. Whatever stops a
-run, its own folder in the offload directory is cleared and no thread is left.
+Input and model are read and the plan is made and checked before anything is loaded. Whatever stops
+a run, its own folder in the offload directory is cleared and no thread is left.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from flexpipe.job.request import Request, read_requests
 from flexpipe.job.result import FinishReason, Result, ResultWriter, check_output
 from flexpipe.job.spec import JobSpec
 from flexpipe.job.tokenizer import Tokenizer
-from flexpipe.memory.checkpoint import Checkpoint, open_checkpoint
+from flexpipe.memory.checkpoint import Checkpoint
 from flexpipe.memory.disk import DiskFile, physical_bytes_read
 from flexpipe.memory.offload import OffloadDirectory
+from flexpipe.memory.source import open_checkpoint
 from flexpipe.model.config import ModelConfig
 from flexpipe.model.families import read_config
 from flexpipe.plan.hardware import (
@@ -278,7 +279,7 @@ def _run(job: Prepared, offload: OffloadDirectory, probes: Probes) -> Report:
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """Seconds of the run and bytes of the disk: `physical_read_bytes` came from the device itself."""
+    """Seconds and bytes of the run; `physical_read_bytes` came from the device itself."""
 
     load_s: float
     began: float
@@ -298,7 +299,9 @@ class _Outcome:
 
     def finish(self, end: Finished) -> None:
         request, tokenized = self._job.requests[end.index], self._job.tokenized[end.index]
-        reason: FinishReason = "error" if end.error else ("stop" if end.reason == "stop" else "length")
+        reason: FinishReason = (
+            "error" if end.error else ("stop" if end.reason == "stop" else "length")
+        )
         self._writer.write(
             Result(
                 id=request.id,
@@ -369,7 +372,7 @@ def _report(
 
 
 def _phases(batcher: Batcher, began: float) -> tuple[float, float, int]:
-    """Seconds of steps that prefill anything, of steps that only decode, and the latters' tokens."""
+    """Seconds of steps that prefill, seconds of steps that only decode, and the latters' tokens."""
     prefill_s = decode_s = 0.0
     decoded, last = 0, began
     for count in batcher.counts:
@@ -391,9 +394,7 @@ def _links(job: Prepared, recorder: Recorder) -> list[LinkUse]:
             continue
         busy_s = sum(recorder.busy_s.get(kind, 0.0) for kind in _LINK_KINDS[link.name])
         rate = link.num_bytes / busy_s if busy_s else 0.0
-        uses.append(
-            LinkUse(name=link.name, bytes=link.num_bytes, busy_s=busy_s, bytes_per_s=rate)
-        )
+        uses.append(LinkUse(name=link.name, bytes=link.num_bytes, busy_s=busy_s, bytes_per_s=rate))
     return uses
 
 

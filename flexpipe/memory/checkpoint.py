@@ -18,11 +18,10 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from flexpipe.errors import ModelError
 from flexpipe.memory.disk import Buffer, DiskReader
-from flexpipe.preset import preset_names
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -113,35 +112,6 @@ def read_tensor(stored: StoredTensor, out: Buffer, reader: DiskReader) -> None:
     assert out.nbytes == stored.num_bytes, f"{out.nbytes} bytes for {stored}"
     if stored.num_bytes:
         reader.file(stored.path).read_into(out, stored.offset)
-
-
-def open_checkpoint(
-    model: str | Path,
-    *,
-    load_format: Literal["auto", "dummy"] = "auto",
-    seed: int = 0,
-    cache_dir: Path,
-    revision: str | None = None,
-) -> Checkpoint:
-    """Open a local directory, a hub id, or (with "dummy" weights) a preset or a bare config.json.
-
-    Dummy weights are written once to `cache_dir`; downloads go to the hub's own cache.
-    """
-    if load_format == "dummy":
-        from flexpipe.memory.dummy import open_dummy
-
-        return open_dummy(model, seed=seed, cache_dir=cache_dir, revision=revision)
-    directory = Path(model).expanduser()
-    if directory.is_dir():
-        return open_directory(directory)
-    if str(model) in preset_names("models"):
-        raise ModelError(
-            f"{model} is a preset: a model's shape without its weights. Add --load-format dummy "
-            "to run it with random ones, or name a directory or a hub id."
-        )
-    from flexpipe.memory.hub import download
-
-    return open_directory(download(model, revision=revision))
 
 
 def open_directory(directory: Path) -> Checkpoint:

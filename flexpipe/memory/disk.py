@@ -195,13 +195,15 @@ class DiskFile:
         """Bytes of the device that the file takes now."""
         return os.fstat(self._fd).st_blocks * 512
 
-    def read(self, buffer: Buffer, offset: int) -> int:
+    def read(self, buffer: Buffer, offset: int, *, needed: int = 0) -> int:
         """Fill `buffer` from `offset`; fewer bytes come back only where the file ends.
 
-        Offset, length and address must be multiples of `ALIGN`.
+        Offset, length and address must be multiples of `ALIGN`. That fewer than `needed` bytes are
+        there is an error.
         """
         view = _as_bytes(buffer)
         assert _is_aligned(view, offset)
+        self._check_range(offset, needed)
         wanted = min(view.nbytes, max(0, self.size - offset))
         with self._timed_read(wanted):
             _drain(

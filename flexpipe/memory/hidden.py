@@ -13,7 +13,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from flexpipe.memory.disk import DiskFile
-from flexpipe.memory.tier import TierMemory, torch_dtype, typed
+from flexpipe.memory.tier import POISON, TierMemory, torch_dtype, typed
 from flexpipe.plan.layout import ALIGN, round_up
 from flexpipe.plan.plan import NUM_HIDDEN_SLOTS, NUM_STAGES, Plan
 from flexpipe.plan.tier import Tier
@@ -69,7 +69,7 @@ class HiddenStore:
         assert self._disk is not None
         target = self._pick(slot, self._read_stages, stage)
         size = round_up(self.num_bytes(batch), ALIGN)
-        self._disk.read(target[:size].numpy(), self._offsets[batch.index])
+        self._disk.read(target[:size].numpy(), self._offsets[batch.index], needed=size)
         return size
 
     def write(self, batch: MicroBatch, *, slot: int | None, stage: int | None) -> int:
@@ -94,9 +94,27 @@ class HiddenStore:
         copy(target[:size], self._slots[slot][:size])
         return size
 
-    def poison(self, slot: int) -> None:
-        """Overwrite a slot with finite rubbish."""
-        self._slots[slot].fill_(0x3C)
+    def poison(
+        self,
+        *,
+        slot: int | None = None,
+        read_stage: int | None = None,
+        write_stage: int | None = None,
+    ) -> None:
+        """Overwrite a slot or a stage with finite rubbish."""
+        places = (
+            (self._slots, slot),
+            (self._read_stages, read_stage),
+            (self._write_stages, write_stage),
+        )
+        for slabs, index in places:
+            if index is not None:
+                slabs[index].fill_(POISON)
+
+    def poison_all(self) -> None:
+        stages = (*self._read_stages, *self._write_stages)
+        for slab in (*self._homes.values(), *self._slots, *stages):
+            slab.fill_(POISON)
 
     def _pick(self, slot: int | None, stages: list[Tensor], stage: int | None) -> Tensor:
         if stage is not None:

@@ -28,11 +28,12 @@ class Link:
 
     def deliver(self, num_bytes: int, started: float) -> None:
         """Account for bytes whose copy began at `started`; return when the link is done with them."""
+        if self.bytes_per_s is not None:
+            self._take_turns(num_bytes / self.bytes_per_s, started)
         with self._lock:
             self.num_bytes += num_bytes
-        if self.bytes_per_s is None:
-            return
-        left_s, done_at = num_bytes / self.bytes_per_s, started
+
+    def _take_turns(self, left_s: float, done_at: float) -> None:
         while left_s > 0 and not self._stop.is_set():
             turn_s = min(left_s, _TURN_S)
             with self._lock:

@@ -23,6 +23,7 @@ from flexpipe.units import format_bytes
 
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; touches pages without a fault for each
 _CUDA_HOST_REGISTER_PORTABLE = 1
+POISON = 0x3C  # what tests fill a slot with: every byte of it, a finite number in any dtype
 
 log = logging.getLogger("flexpipe")
 
@@ -38,7 +39,7 @@ class TierMemory:
         self._device = device
         self._pin = pin and device.type == "cuda"
         if device.type != "cpu":
-            torch.accelerator.reset_peak_memory_stats(device)
+            _reset_peak(device)
         self._registered: list[Tensor] = []
         self._taken_on_device = 0
         self.pinned_bytes = 0
@@ -105,6 +106,11 @@ class TierMemory:
         self.unpinned_bytes += size
 
 
+def _reset_peak(device: torch.device) -> None:
+    torch.empty(0, device=device)  # sets the allocator up; some versions of torch ask for that
+    torch.accelerator.reset_peak_memory_stats(device)
+
+
 def _cudart() -> Any:
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
@@ -133,7 +139,9 @@ def _populate(slab: Tensor) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     start = slab.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
     with contextlib.suppress(AttributeError):
-        if libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(slab.numel()), _MADV_POPULATE_WRITE):
+        if libc.madvise(
+            ctypes.c_void_p(start), ctypes.c_size_t(slab.numel()), _MADV_POPULATE_WRITE
+        ):
             slab.zero_()
 
 

@@ -1,7 +1,7 @@
-"""The model's weights: resident ones, packs that travel from host memory, reads from the checkpoint.
+"""The model's weights: resident ones, packs that travel from host memory, reads from checkpoints.
 
-Everything is read past the page cache, straight from the safetensors files. Loading takes one bounded
-buffer beside the pools. A layer's tensors are views of a slot, made once per (layer, slot).
+Everything is read past the page cache, straight from the safetensors files. Loading takes one
+bounded buffer beside the pools. A layer's tensors are views of a slot, made once per (layer, slot).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flexpipe.memory.disk import DiskReader, aligned_buffer
-from flexpipe.memory.tier import TierMemory, torch_dtype, typed
+from flexpipe.memory.tier import POISON, TierMemory, torch_dtype, typed
 from flexpipe.model.config import DTYPE_BYTES
 from flexpipe.model.segments import EmbedWeights, HeadWeights, LayerWeights
 from flexpipe.plan.layout import PACK_ALIGN, Part, round_up
@@ -81,12 +81,16 @@ class WeightStore:
     def read(self, layer: LayerPlan, *, slot: int | None, stage: int | None) -> int:
         """READ_WEIGHT: the layer's extents into a slot, or into a stage on the way to one."""
         base = 0 if stage is None else layer.streamed.pack_bytes
-        target = self._slots[slot] if stage is None and slot is not None else self._stages[stage or 0]
-        for extent in layer.streamed.extents:
+        target = (
+            self._slots[slot] if stage is None and slot is not None else self._stages[stage or 0]
+        )
+        layout = layer.streamed
+        for extent in layout.extents:
             start = extent.slot_offset - base
             view = target[start : start + extent.num_bytes].numpy()
-            self._reader.file(Path(str(extent.path))).read(view, extent.file_offset)
-        return layer.streamed.read_bytes
+            file = self._reader.file(Path(str(extent.path)))
+            file.read(view, extent.file_offset, needed=layout.needed_bytes(extent))
+        return layout.read_bytes
 
     def load_layer(self, layer: LayerPlan, slot: int, stage: int | None, copy: Copy) -> int:
         """LOAD_WEIGHT: host memory to a slot, in as few moves as the layer has homes."""
@@ -137,9 +141,15 @@ class WeightStore:
         out_TE.copy_(out_TE[first[inverse]])
         return row_bytes * len(spans)
 
-    def poison(self, slot: int) -> None:
-        """Overwrite a slot, so that a reader who comes too early or too late shows."""
-        self._slots[slot].fill_(0x3C)
+    def poison(self, *, slot: int | None = None, stage: int | None = None) -> None:
+        """Overwrite a slot or a stage, so that a reader who comes too early or too late shows."""
+        for slabs, index in ((self._slots, slot), (self._stages, stage)):
+            if index is not None:
+                slabs[index].fill_(POISON)
+
+    def poison_all(self) -> None:
+        for slab in (*self._slots, *self._stages):
+            slab.fill_(POISON)
 
     @property
     def _embedding(self) -> PlacedTensor:
@@ -201,9 +211,7 @@ class WeightStore:
         if slot is not None:
             for part, offset in zip(layer.streamed.parts, layer.streamed.offsets, strict=True):
                 dtype = torch_dtype(part.tensor.dtype)
-                tensors[part.tensor.spec.role] = typed(
-                    self._slots[slot], dtype, part.shape, offset
-                )
+                tensors[part.tensor.spec.role] = typed(self._slots[slot], dtype, part.shape, offset)
         embed_tokens = tensors.pop("embed_tokens", None)
         lm_head = tensors.pop("lm_head", None)
         if layer.kind == LayerKind.HEAD and lm_head is None:

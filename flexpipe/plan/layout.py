@@ -1,8 +1,8 @@
 """Where the bytes of a streamed layer lie: in the checkpoint's files and in a slot.
 
-Disk-tier tensors are read in place, so a slot mirrors the file: whole blocks of `ALIGN` bytes, spans
-that nearly touch read as one. Tensors that come from host memory travel as one packed piece. The
-plan counts exactly these bytes.
+Disk-tier tensors are read in place, so a slot mirrors the file: whole blocks of `ALIGN` bytes,
+spans that nearly touch read as one. Tensors that come from host memory travel as one packed piece.
+The plan counts exactly these bytes.
 """
 
 from __future__ import annotations
@@ -71,6 +71,12 @@ class SlotLayout:
     @property
     def read_bytes(self) -> int:
         return sum(extent.num_bytes for extent in self.extents)
+
+    def needed_bytes(self, extent: Extent) -> int:
+        """Bytes of `extent` up to the end of its last part; the file may end in its last block."""
+        ends = (at + part.num_bytes for part, at in zip(self.parts, self.offsets, strict=True))
+        last = extent.slot_offset + extent.num_bytes
+        return max(end for end in ends if extent.slot_offset < end <= last) - extent.slot_offset
 
     @property
     def num_bytes(self) -> int:

@@ -2,7 +2,8 @@
 
 Shares are asked of the whole model; tensors are whole. What rounding leaves over is carried from
 one tensor to the next, so that at every point of the model each tier holds what was asked within
-one tensor, and every layer streams about as much as its neighbours. Vectors (norms, biases) and
+one tensor, and every layer streams about as much as its neighbours. What the vocabulary meets is
+larger than a layer, so its rounding is spread over all of them. Vectors (norms, biases) and
 position tables are a thousandth of the bytes: they stay beside the compute device and are left out
 of the shares.
 """
@@ -140,11 +141,12 @@ def place_weights(
     "checkpoint"; tensors that travel are held in the smaller of checkpoint and compute dtype; on
     disk they stay as they are.
     """
-    diffusion = Diffusion(shares)
+    specs = model_tensors(config)
+    homes, given = _deal_weights(shares, [spec for spec in specs if is_shared(spec)], stored)
     placed: dict[str, PlacedTensor] = {}
-    for spec in model_tensors(config):
+    for spec in specs:
         source = stored[spec.name]
-        home = diffusion.deal(source.num_bytes) if is_shared(spec) else device_tier
+        home = homes.get(spec.name, device_tier)
         dtype = source.dtype
         if home == device_tier:
             if resident_dtype == "compute" or not is_shared(spec):
@@ -152,8 +154,24 @@ def place_weights(
         elif home == Tier.CPU and DTYPE_BYTES[compute_dtype] < DTYPE_BYTES[dtype]:
             dtype = compute_dtype
         placed[spec.name] = PlacedTensor(spec, home, dtype, source)
-    check_all_given("weights", "tensor", shares, diffusion.given)
-    return Placement(tensors=placed, asked=shares, achieved_bytes=dict(diffusion.given))
+    check_all_given("weights", "tensor", shares, given)
+    return Placement(tensors=placed, asked=shares, achieved_bytes=given)
+
+
+def _deal_weights(
+    shares: Shares, specs: Sequence[TensorSpec], stored: Mapping[str, Stored]
+) -> tuple[dict[str, Tier], dict[Tier, int]]:
+    """Homes by name and bytes per tier: first what the vocabulary meets, then the layers."""
+    sizes = {spec.name: stored[spec.name].num_bytes for spec in specs}
+    vocabulary = [spec.name for spec in specs if spec.role in ("embed_tokens", "lm_head")]
+    first = Diffusion(shares)
+    homes = {name: first.deal(sizes[name]) for name in vocabulary}
+    total = sum(sizes.values())
+    left = {tier: max(0.0, shares.of(tier) * total - first.given[tier]) for tier in Tier}
+    scale = sum(left.values())
+    rest = Diffusion(Shares(**{tier.value: left[tier] / scale for tier in Tier}))
+    homes |= {name: rest.deal(size) for name, size in sizes.items() if name not in homes}
+    return homes, {tier: first.given[tier] + rest.given[tier] for tier in Tier}
 
 
 def deal_places(what: str, unit: str, shares: Shares, sizes: Sequence[int]) -> tuple[Tier, ...]:

@@ -32,7 +32,9 @@ NUM_KV_SLOTS = 3  # one loading, one in use, one being stored
 NUM_HIDDEN_SLOTS = 3
 NUM_STAGES = 2  # host buffers on the way between disk and accelerator: one fills, one drains
 NUM_EMBED_SLOTS = 2
-PROCESS_SLACK = 96 * MIB  # thread stacks, BLAS packing buffers, the allocator's free lists
+# what the process takes beside the pools: at most 51 MiB were seen, namely while loading a buffer
+# (32 MiB) and the bounce ring (16 MiB), later BLAS's packing buffers and the allocator's free lists
+PROCESS_SLACK = 80 * MIB
 
 
 class LayerKind(StrEnum):
@@ -309,7 +311,9 @@ class Plan:
         for tier in Tier:
             sizes = [self.hidden_bytes(mb) for mb in self.micro_batches if mb.hidden_home == tier]
             pools.append(PoolPlan(name="hidden", tier=tier, slot_bytes=sum(sizes)))
-        off = [self.hidden_bytes(m) for m in self.micro_batches if m.hidden_home != self.device_tier]
+        off = [
+            self.hidden_bytes(m) for m in self.micro_batches if m.hidden_home != self.device_tier
+        ]
         disk = [self.hidden_bytes(m) for m in self.micro_batches if m.hidden_home == Tier.DISK]
         if off:
             pools.append(
@@ -347,7 +351,9 @@ class Plan:
             part.tensor.spec.num_elements // part.tensor.spec.shape[0] * part.shape[0]
             for layer in self.layers
             for part in (*layer.resident, *layer.streamed.parts)
-            if part.tensor.dtype != self.compute_dtype and part.tensor.spec.role != "embed_tokens"
+            if part.tensor.dtype != self.compute_dtype
+            # looked up row by row; the head multiplies by all of it where it is tied
+            and (layer.kind == LayerKind.HEAD or part.tensor.spec.role != "embed_tokens")
         ]
         return workspace_bytes(
             self.config,
@@ -360,7 +366,7 @@ class Plan:
 
     @property
     def transient_bytes(self) -> int:
-        """What torch takes and frees itself: masks and positions of a step, kernels' temporaries."""
+        """What torch takes and frees itself: masks, positions of a step, kernels' temporaries."""
         num_tokens = max(mb.max_new_tokens for mb in self.micro_batches)
         num_rows = max(mb.num_places for mb in self.micro_batches)
         length = max(mb.region_tokens for mb in self.micro_batches)
@@ -438,31 +444,84 @@ def make_plan(
     device_tier: Tier,
     compute_dtype: str,
 ) -> Plan:
-    """Resolve a policy; whether it fits is `Plan.shortfalls`' answer."""
-    placement = place_weights(
-        config,
-        policy.weights,
-        stored,
-        device_tier=device_tier,
-        compute_dtype=compute_dtype,
-        resident_dtype=policy.resident_dtype,
+    """Resolve one policy; whether it fits is `Plan.shortfalls`' answer."""
+    planner = Planner(
+        config, needs, stored, budgets, device_tier=device_tier, compute_dtype=compute_dtype
     )
-    micro_batches = block_shape(
-        policy,
-        needs,
-        token_bytes=kv_token_bytes(config, compute_dtype),
-        hidden_bytes=config.hidden_size * DTYPE_BYTES[compute_dtype],
-    )
-    return Plan(
-        config=config,
-        policy=policy,
-        device_tier=device_tier,
-        compute_dtype=compute_dtype,
-        placement=placement,
-        layers=_layers(config, policy, placement, device_tier),
-        micro_batches=micro_batches,
-        budgets=budgets,
-    )
+    return planner(policy)
+
+
+class Planner:
+    """Resolves policies for one model, one set of requests and one device.
+
+    A search asks for many: what depends on the weights' knobs alone, or on the block's alone, is
+    made once.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        needs: Sequence[Need],
+        stored: Mapping[str, Stored],
+        budgets: Budgets,
+        *,
+        device_tier: Tier,
+        compute_dtype: str,
+    ) -> None:
+        self._config = config
+        self._needs = needs
+        self._stored = stored
+        self._budgets = budgets
+        self._device_tier = device_tier
+        self._compute_dtype = compute_dtype
+        self._placements: dict[object, Placement] = {}
+        self._layers: dict[object, tuple[LayerPlan, ...]] = {}
+        self._blocks: dict[object, tuple[MicroBatchPlan, ...]] = {}
+
+    def __call__(self, policy: Policy) -> Plan:
+        """The plan for `policy`; raises PolicyError where a share cannot be met."""
+        return Plan(
+            config=self._config,
+            policy=policy,
+            device_tier=self._device_tier,
+            compute_dtype=self._compute_dtype,
+            placement=self._placement(policy),
+            layers=self._layers_of(policy),
+            micro_batches=self._block(policy),
+            budgets=self._budgets,
+        )
+
+    def _placement(self, policy: Policy) -> Placement:
+        key = (policy.weights, policy.resident_dtype)
+        if key not in self._placements:
+            self._placements[key] = place_weights(
+                self._config,
+                policy.weights,
+                self._stored,
+                device_tier=self._device_tier,
+                compute_dtype=self._compute_dtype,
+                resident_dtype=policy.resident_dtype,
+            )
+        return self._placements[key]
+
+    def _layers_of(self, policy: Policy) -> tuple[LayerPlan, ...]:
+        key = (policy.weights, policy.resident_dtype, policy.separate_layers)
+        if key not in self._layers:
+            placement = self._placement(policy)
+            self._layers[key] = _layers(self._config, policy, placement, self._device_tier)
+        return self._layers[key]
+
+    def _block(self, policy: Policy) -> tuple[MicroBatchPlan, ...]:
+        rows = (policy.micro_batch_size, policy.num_micro_batches, policy.max_batch_tokens)
+        key = (*rows, policy.kv_cache, policy.hidden)
+        if key not in self._blocks:
+            self._blocks[key] = block_shape(
+                policy,
+                self._needs,
+                token_bytes=kv_token_bytes(self._config, self._compute_dtype),
+                hidden_bytes=self._config.hidden_size * DTYPE_BYTES[self._compute_dtype],
+            )
+        return self._blocks[key]
 
 
 def check_fits(plan: Plan, advice: str) -> None:
@@ -526,13 +585,15 @@ def _head_slices(
     vocab = config.vocab_size
     if head.home == device_tier:
         return [((0, vocab), [*first, Part(head)])]
+    # what the vocabulary meets does not count: an embedding elsewhere is fetched row by row
     largest_matrix = max(
-        placed.num_bytes for placed in placement.tensors.values() if placed is not head
-        and is_shared(placed.spec)
+        placed.num_bytes
+        for placed in placement.tensors.values()
+        if is_shared(placed.spec) and placed.spec.role not in ("embed_tokens", "lm_head")
     )
-    room = max((layer.streamed.num_bytes for layer in layers), default=0)
-    room = max(room, largest_matrix)
-    rows = max(1, vocab // max(1, -(-head.num_bytes // room)))
+    room = max(largest_matrix, *(layer.streamed.num_bytes for layer in layers))
+    num_slices = -(-head.num_bytes // room)
+    rows = -(-vocab // num_slices)
     starts = range(0, vocab, rows)
     slices = []
     for start in starts:

@@ -1,9 +1,9 @@
 """A policy for whoever gives none: fill the fastest tier, leave room for a sensible block.
 
-Every knob the user fixed stays; the others are tried in a small, ordered set. Weights that fit beside
-the compute device are kept there; otherwise the choice is the one that moves the fewest seconds' worth
-of bytes per row and step, with nominal rates for the links. It measures nothing and claims no
-optimum.
+Every knob the user fixed stays; the others are tried in a small, ordered set. Weights that fit
+beside the compute device are kept there; otherwise the choice is the one that moves the fewest
+seconds' worth of bytes per row and step, with nominal rates for the links. It measures nothing and
+claims no optimum.
 """
 
 from __future__ import annotations
@@ -140,19 +140,21 @@ def _spread(knobs: dict[str, Any], make: MakePlan, tiers: list[Tier]) -> Plan:
     """Most weights on the fastest tier that fits, then on the next; the rest on the slowest."""
     counts = dict.fromkeys(Tier, 0)
     left = SHARE_STEP
-    plan: Plan | None = None
-    for tier in tiers[:-1]:
+    plan = make(Policy(**knobs, weights=_all_on(tiers[-1])))
+    for index, tier in enumerate(tiers[:-1]):
         low, high = 0, left
         while low < high:
             middle = (low + high + 1) // 2
             tried = _try(knobs, make, {**counts, tier: middle}, tiers[-1])
-            if tried is not None and tier not in tried.shortfalls():
-                low, plan = middle, tried
+            # what goes on the tiers before changes with this one by some alignment
+            if tried is not None and not tried.shortfalls().keys() & set(tiers[: index + 1]):
+                low = middle
+                if not tried.shortfalls() or plan.shortfalls():
+                    plan = tried
             else:
                 high = middle - 1
         counts[tier], left = low, left - low
-    whole = _try(knobs, make, counts, tiers[-1]) or plan
-    return whole or make(Policy(**knobs, weights=_all_on(tiers[-1])))
+    return plan
 
 
 def _try(

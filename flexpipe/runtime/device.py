@@ -1,8 +1,8 @@
 """Where layers run: the CPU, an emulated accelerator, or any torch accelerator.
 
-One code path serves all three. What differs is data: the tier beside the device, whether its lanes are
-streams, and the links' clocks. The emulated accelerator computes on the CPU; its memory is host memory
-under a budget of its own.
+One code path serves all three. What differs is data: the tier beside the device, whether its lanes
+are streams, and the links' clocks. The emulated accelerator computes on the CPU; its memory is host
+memory under a budget of its own.
 """
 
 from __future__ import annotations
@@ -79,9 +79,7 @@ def open_device(name: str, emulation: Emulation | None) -> Device:
     return _open_accelerator(name, stop)
 
 
-def _on_cpu(
-    name: str, tier: Tier, stop: threading.Event, rates: Emulation | None
-) -> Device:
+def _on_cpu(name: str, tier: Tier, stop: threading.Event, rates: Emulation | None) -> Device:
     return Device(
         name=name,
         torch_device=torch.device("cpu"),

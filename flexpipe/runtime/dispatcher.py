@@ -1,14 +1,17 @@
 """Puts ops on lanes as what they wait for is done.
 
-The dispatcher takes ops in issue order, a bounded number ahead, and counts for each the dependencies
-that the host must wait for. At zero the op enters its lane. An op on a stream counts as met once it is
-issued: other streams wait for its event on the device, threads wait for it themselves.
+The dispatcher takes ops in issue order, a bounded number ahead, and counts for each the
+dependencies that the host must wait for. At zero the op enters its lane. An op on a stream counts
+as met once it is issued: other streams wait for its event on the device, threads wait for it
+themselves.
 
-The first failure stops every lane and is told with its op; nothing that is still queued is performed.
+The first failure stops every lane and is told with its op; nothing that is still queued is
+performed.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -29,7 +32,10 @@ _KEPT_EVENTS = 4 * RUN_AHEAD
 _JOIN_TIMEOUT_S = 30.0
 
 STREAMS = (Lane.COMPUTE, Lane.LOAD_WEIGHT, Lane.LOAD_CACHE, Lane.STORE_CACHE)
-HOST_LANES = (Lane.DISK_READ, Lane.DISK_WRITE, Lane.HOST)
+HOST_LANES = (Lane.READ_WEIGHT, Lane.READ_CACHE, Lane.DISK_WRITE, Lane.HOST)
+
+
+log = logging.getLogger("flexpipe")
 
 
 @dataclass(slots=True)
@@ -77,7 +83,7 @@ class Dispatcher:
                 )
 
     def run(self, ops: Iterator[Op | None]) -> float:
-        """Perform all ops; returns the seconds it took. Loads nobody waits for any more are dropped.
+        """Perform all ops; returns the seconds it took. Loads nobody waits for are dropped.
 
         Raises RunError, naming the op, for whatever an op raised.
         """
@@ -104,6 +110,7 @@ class Dispatcher:
             origin = torch.Event(self._device.torch_device, enable_timing=True)
             torch.accelerator.synchronize()
             origin.record(torch.accelerator.current_stream())
+            origin.synchronize()  # times are taken from it, so it must be over
             for stream in self._streams.values():
                 stream.start(origin)
 
@@ -165,7 +172,7 @@ class Dispatcher:
         return [event for event in events if event is not None]
 
     def _issue_all(self) -> None:
-        """Put onto streams what may go there; only the dispatcher's thread does, without the lock."""
+        """Put onto streams what may go there; the dispatcher's thread alone does, without lock."""
         while self._to_issue and self._failure is None:
             with self._changed:
                 op = self._to_issue.popleft()
@@ -205,7 +212,9 @@ class Dispatcher:
 
     def _fail(self, op: Op, error: BaseException) -> None:
         """Remember the first failure and stop every wait of the run."""
-        if self._failure is None and not (isinstance(error, Stopped) and self._device.stop.is_set()):
+        if self._failure is None and not (
+            isinstance(error, Stopped) and self._device.stop.is_set()
+        ):
             self._failure = (op, error)
         self._device.stop.set()
         for thread in self._threads.values():
@@ -218,6 +227,9 @@ class Dispatcher:
         limit = time.perf_counter() + _JOIN_TIMEOUT_S
         for thread in self._threads.values():
             thread.join(max(0.0, limit - time.perf_counter()))
+        if stuck := self.stuck:
+            names = ", ".join(stuck)
+            log.warning("still at work after %.0f s of waiting: %s", _JOIN_TIMEOUT_S, names)
         for stream in self._streams.values():
             try:
                 stream.collect(wait=True)
@@ -234,5 +246,3 @@ def _told(op: Op, error: BaseException, describe: Callable[[Op], str]) -> Flexpi
     told = kind(f"{describe(op)} failed: {reason}")
     told.__cause__ = error
     return told
-
-

@@ -21,7 +21,7 @@ from flexpipe.memory.disk import DiskCounter, DiskFile, DiskReader
 from flexpipe.memory.hidden import HiddenStore
 from flexpipe.memory.kv_cache import KvCache, RowRun
 from flexpipe.memory.link import wait_until
-from flexpipe.memory.tier import TierMemory, torch_dtype, typed
+from flexpipe.memory.tier import POISON, TierMemory, torch_dtype, typed
 from flexpipe.memory.weights import LayerParts, WeightStore
 from flexpipe.model import segments
 from flexpipe.model.batch import Batch, RopeTable, RowSpan
@@ -95,6 +95,8 @@ class Stage:
             if config.rope
             else None
         )
+        if poison:
+            self._spoil_all()
         self._layouts: dict[int, _Layout] = {}
         self._lock = threading.Lock()
         self._work: dict[Kind, Callable[[Op], None]] = {
@@ -124,6 +126,8 @@ class Stage:
 
     def perform(self, op: Op) -> None:
         """Do what `op` says, in the calling thread or on the current stream."""
+        if self._poison:
+            self._spoil(op)
         if self._before_op is not None:
             self._before_op(op)
         self._work[op.kind](op)
@@ -137,20 +141,49 @@ class Stage:
         self._reader.close()
         self.memory.close()
 
+    # rubbish, for tests: whoever comes too early or too late finds it
+
+    def _spoil_all(self) -> None:
+        self.weights.poison_all()
+        self.kv_cache.poison_all()
+        self._hidden.poison_all()
+        for slab in chain(
+            self._embed_slots, self._embed_stages, self._head_inputs, self._logits, *self._fetched
+        ):
+            slab.fill_(POISON)
+
+    def _spoil(self, op: Op) -> None:
+        """Rubbish into the slot or stage that `op` is about to fill."""
+        kind, stage = op.kind, op.stage_slot
+        if kind in (Kind.READ_WEIGHT, Kind.LOAD_WEIGHT):
+            filled = None if kind == Kind.LOAD_WEIGHT else stage
+            self.weights.poison(slot=op.weight_slot, stage=filled)
+        elif kind in (Kind.READ_EMBED, Kind.LOAD_EMBED):
+            on_stage = kind == Kind.READ_EMBED and stage is not None
+            self._embed_rows(op, on_stage=on_stage).view(torch.uint8).fill_(POISON)
+        elif kind in (Kind.READ_CACHE, Kind.LOAD_CACHE):
+            filled = None if kind == Kind.LOAD_CACHE else stage
+            self.kv_cache.poison(slot=op.kv_slot, read_stage=filled)
+        elif kind in (Kind.READ_HIDDEN, Kind.LOAD_HIDDEN):
+            filled = None if kind == Kind.LOAD_HIDDEN else stage
+            self._hidden.poison(slot=op.hidden_slot, read_stage=filled)
+        elif self._device.has_streams:
+            return  # a stream fills host memory later than this is called
+        elif kind == Kind.STORE_CACHE:
+            self.kv_cache.poison(write_stage=stage)
+        elif kind == Kind.STORE_HIDDEN:
+            self._hidden.poison(write_stage=stage)
+
     # moves
 
     def _read_weight(self, op: Op) -> None:
         start = time.perf_counter()
-        if self._poison and op.weight_slot is not None:
-            self.weights.poison(op.weight_slot)
         num_bytes = self.weights.read(self._layer(op), slot=op.weight_slot, stage=op.stage_slot)
         self._device.disk_read.deliver(num_bytes, start)
 
     def _load_weight(self, op: Op) -> None:
         start = time.perf_counter()
         assert op.weight_slot is not None
-        if self._poison:
-            self.weights.poison(op.weight_slot)
         num_bytes = self.weights.load_layer(
             self._layer(op), op.weight_slot, op.stage_slot, self._device.copy
         )
@@ -171,8 +204,6 @@ class Stage:
 
     def _read_cache(self, op: Op) -> None:
         start = time.perf_counter()
-        if self._poison and op.kv_slot is not None:
-            self.kv_cache.poison(op.kv_slot)
         num_bytes = self.kv_cache.read(
             self._rows(op), self._decoder(op), slot=op.kv_slot, stage=op.stage_slot
         )
@@ -181,8 +212,6 @@ class Stage:
     def _load_cache(self, op: Op) -> None:
         start = time.perf_counter()
         assert op.kv_slot is not None
-        if self._poison:
-            self.kv_cache.poison(op.kv_slot)
         num_bytes = self.kv_cache.load(
             self._rows(op),
             self._decoder(op),
@@ -219,8 +248,6 @@ class Stage:
     def _load_hidden(self, op: Op) -> None:
         start = time.perf_counter()
         assert op.hidden_slot is not None
-        if self._poison:
-            self._hidden.poison(op.hidden_slot)
         num_bytes = self._hidden.load(
             self._rows(op), slot=op.hidden_slot, stage=op.stage_slot, copy=self._device.copy
         )

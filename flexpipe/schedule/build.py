@@ -3,9 +3,11 @@
 A schedule is plain data: ops in issue order, each naming what it waits for. It moves no tensor and
 picks no stream. The issue order is a correct program by itself; an op's dependencies follow from what
 it reads and writes: *produced* (it reads what an earlier op wrote) and *freed* (it overwrites what an
-earlier op used). A dependency that another one already implies is left out. Strategies add edges and
-never drop one, so two runs of a plan may differ in time but not in tokens. Invariant: an op appears
-after everything it waits for.
+earlier op used). That a COMMIT makes the rows of a micro-batch's next step *known* is a third kind: the
+job cannot name them sooner, so this tells a dispatcher nothing new, but a checker and a simulator. A
+dependency that another one already implies is left out. Strategies add edges and never drop one, so
+two runs of a plan may differ in time but not in tokens. Invariant: an op appears after everything it
+waits for.
 """
 
 from __future__ import annotations
@@ -77,6 +79,7 @@ class ScheduleBuilder:
         self._rings = {pool: _Ring(sizes.get(pool, NUM_STAGES)) for pool in Pool}
         self._in_use: dict[tuple[Pool, int, int], int] = {}
         self._ahead = _loads_ahead(plan)
+        self._has_begun = False  # the current step's first load ahead was made
 
     def _take(self, pool: Pool, layer: int = 0, mb: int = 0) -> int:
         """The pool's next slot, remembered for the ops of (layer, micro-batch) that use it."""
@@ -95,16 +98,18 @@ class ScheduleBuilder:
         work = _Work(self, index)
         batches: list[MicroBatch] = []
         first, *later = self._plan.layers
+        if not self._has_begun:  # a step without rows leaves its load to the next
+            yield from self._load_ahead(index, first)
+            self._has_begun = True
         for batch in micro_batches:
             if batch is None:
                 yield None
                 continue
-            if not batches:
-                yield from self._load_ahead(index, first)
             batches.append(batch)
             yield from work.iteration(first, batch, None)
         if not batches:
             return
+        self._has_begun = False
         yield from self._edges.end_of_layer(index, first.position)
         pairs = [(layer, batch) for layer in later for batch in batches]
         for (layer, batch), following in zip(pairs, [*pairs[1:], None], strict=True):
@@ -563,7 +568,8 @@ class _Edges:
         for resource in reads:
             writer = self._writer.get(resource)
             if writer is not None:
-                waits.append(Wait(writer, f"produced:{resource[0].value}"))
+                why = "known" if resource[0] == Pool.ROWS else "produced"
+                waits.append(Wait(writer, f"{why}:{resource[0].value}"))
             self._readers.setdefault(resource, []).append(made)
         for resource in writes:
             readers = self._readers.pop(resource, ())
@@ -581,8 +587,10 @@ class _Edges:
     def _reduced(self, made: int, waits: list[Wait]) -> tuple[Wait, ...]:
         """Drop what a later op waited for already implies (transitive reduction)."""
         kept, known = [], 0
-        reasons: dict[int, str] = {}
+        reasons: dict[int, str] = {op: why for op, why in waits if why.startswith("known:")}
         for op, why in waits:
+            if reasons.get(op, "").startswith("known:"):
+                continue  # nothing else needs to be said: such an op cannot come sooner
             reasons[op] = f"{reasons[op]}+{why}" if op in reasons and why not in reasons[op] else why
         for wait in (Wait(op, reasons[op]) for op in sorted(reasons, reverse=True)):
             distance = made - wait.op

@@ -42,21 +42,22 @@ class Lane(StrEnum):
     LOAD_WEIGHT = "load_weight"
     LOAD_CACHE = "load_cache"
     STORE_CACHE = "store_cache"
-    DISK_READ = "disk_read"
+    READ_WEIGHT = "read_weight"
+    READ_CACHE = "read_cache"
     DISK_WRITE = "disk_write"
     HOST = "host"
 
 
 LANE_OF: dict[Kind, Lane] = {
-    Kind.READ_WEIGHT: Lane.DISK_READ,
+    Kind.READ_WEIGHT: Lane.READ_WEIGHT,
     Kind.LOAD_WEIGHT: Lane.LOAD_WEIGHT,
-    Kind.READ_EMBED: Lane.DISK_READ,
+    Kind.READ_EMBED: Lane.READ_CACHE,
     Kind.LOAD_EMBED: Lane.LOAD_CACHE,
-    Kind.READ_CACHE: Lane.DISK_READ,
+    Kind.READ_CACHE: Lane.READ_CACHE,
     Kind.LOAD_CACHE: Lane.LOAD_CACHE,
     Kind.STORE_CACHE: Lane.STORE_CACHE,
     Kind.WRITE_CACHE: Lane.DISK_WRITE,
-    Kind.READ_HIDDEN: Lane.DISK_READ,
+    Kind.READ_HIDDEN: Lane.READ_CACHE,
     Kind.LOAD_HIDDEN: Lane.LOAD_CACHE,
     Kind.STORE_HIDDEN: Lane.STORE_CACHE,
     Kind.WRITE_HIDDEN: Lane.DISK_WRITE,

@@ -25,6 +25,7 @@ REPORT = Report(
     total_s=3.5,
     prompt_tokens=10,
     generated_tokens=8,
+    decode_step_tokens=6,
 )
 
 

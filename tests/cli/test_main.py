@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from flexpipe import __version__
 from flexpipe.errors import (
@@ -98,6 +101,45 @@ def test_ctrl_c_is_one_line_and_130(
     job.act = raising(KeyboardInterrupt())
     assert flexpipe(*RUN) == 130
     assert capsys.readouterr() == ("", "flexpipe: interrupted\n")
+
+
+def test_what_is_logged_is_told_on_stderr_in_one_line_each(
+    flexpipe: Flexpipe, job: FakeJob, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def act(spec: object) -> None:
+        log = logging.getLogger("flexpipe")
+        log.info("removed the leftovers of %d dead jobs", 2)
+        log.warning("transfers are buffered\n  which is slower")
+        log.debug("of no interest")
+
+    job.act = act
+    assert flexpipe(*RUN) == 0
+    out, err = capsys.readouterr()
+    assert (out, err.splitlines()[:2]) == (
+        "",
+        [
+            "flexpipe: removed the leftovers of 2 dead jobs",
+            "flexpipe: warning: transfers are buffered which is slower",
+        ],
+    )
+    assert "of no interest" not in err
+    assert logging.getLogger("flexpipe").handlers == []
+
+
+def test_what_is_logged_does_not_break_the_progress_bar(
+    flexpipe: Flexpipe, job: FakeJob, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def act(spec: object) -> None:
+        with tqdm(total=9, file=sys.stderr, desc="bar", mininterval=0) as bar:
+            bar.update()
+            logging.getLogger("flexpipe").info("drawing dummy weights")
+
+    job.act = act
+    assert flexpipe(*RUN) == 0
+    err = capsys.readouterr().err
+    lines = re.split(r"[\r\n]+", err)
+    assert lines.count("flexpipe: drawing dummy weights") == 1
+    assert [line for line in lines if "bar" in line and "flexpipe" in line] == []
 
 
 def test_reader_that_left_is_no_error() -> None:

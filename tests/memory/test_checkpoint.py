@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import save_file
 
 from flexpipe.errors import ModelError
-from flexpipe.memory.checkpoint import INDEX, Checkpoint, open_checkpoint
+from flexpipe.memory.checkpoint import INDEX, Checkpoint
 from flexpipe.memory.disk import DiskReader, aligned_buffer
+from flexpipe.memory.source import open_checkpoint
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -103,7 +104,7 @@ def test_opening_loads_neither_torch_nor_the_hub(tmp_path: Path) -> None:
     script = f"""
         import sys
         from pathlib import Path
-        from flexpipe.memory.checkpoint import open_checkpoint
+        from flexpipe.memory.source import open_checkpoint
         open_checkpoint({str(directory)!r}, cache_dir=Path("unused"))
         assert not {{"torch", "huggingface_hub", "safetensors"}} & set(sys.modules)
     """
@@ -116,7 +117,7 @@ def test_reading_a_tensor_takes_no_memory_beside_the_callers(tmp_path: Path) -> 
     script = f"""
         import resource
         from pathlib import Path
-        from flexpipe.memory.checkpoint import open_checkpoint
+        from flexpipe.memory.source import open_checkpoint
         from flexpipe.memory.disk import BOUNCE_BYTES, DiskReader, aligned_buffer
         checkpoint = open_checkpoint({str(directory)!r}, cache_dir=Path("unused"))
         out = aligned_buffer(96 << 20)

@@ -16,8 +16,9 @@ from safetensors import safe_open
 
 from flexpipe.errors import ModelError, PolicyError, RunError
 from flexpipe.memory import disk, dummy
-from flexpipe.memory.checkpoint import StoredTensor, open_checkpoint, read_json
+from flexpipe.memory.checkpoint import StoredTensor, read_json
 from flexpipe.memory.dummy import dummy_tensors
+from flexpipe.memory.source import open_checkpoint
 from flexpipe.model.config import ModelConfig
 from flexpipe.model.families import read_config
 from flexpipe.preset import find_preset, preset_names

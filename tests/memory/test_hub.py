@@ -124,7 +124,7 @@ def run(script: str, home: Path, **environment: str) -> subprocess.CompletedProc
     prelude = """
         from pathlib import Path
         from flexpipe.errors import ModelError
-        from flexpipe.memory.checkpoint import open_checkpoint
+        from flexpipe.memory.source import open_checkpoint
         def refusal(model, **kwargs):
             try:
                 open_checkpoint(model, cache_dir=Path("unused"), **kwargs)

@@ -27,7 +27,7 @@ MIB = 2**20
 # embedding, a sliced head
 EVERYWHERE: Mapping[str, Any] = {
     **percent_shares([0, 50, 34, 33, 34, 33]),
-    "micro_batch_size": 3,
+    "micro_batch_size": 2,
     "num_micro_batches": 3,
     "strategy": "event",
 }

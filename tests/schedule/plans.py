@@ -25,6 +25,47 @@ from flexpipe.schedule.build import schedule
 from flexpipe.schedule.op import Op
 from flexpipe.schedule.step import MicroBatch, Row
 
+# every kind of dependency that an `event` schedule can have, by the tier beside the device
+_EVERYWHERE = frozenset(
+    {
+        "freed:embed_slot",
+        "freed:hidden_slot",
+        "freed:kv_slot",
+        "freed:logits",
+        "freed:weight_slot",
+        "known:rows",
+        "produced:embed_slot",
+        "produced:head_input+produced:logits",
+        "produced:hidden",
+        "produced:hidden+freed:hidden_slot",
+        "produced:hidden_slot",
+        "produced:host_tokens",
+        "produced:kv",
+        "produced:kv+freed:kv_slot",
+        "produced:kv_slot",
+        "produced:logits",
+        "produced:tokens",
+        "produced:weight_slot",
+    }
+)
+_STAGED = frozenset(
+    {
+        "freed:embed_stage",
+        "freed:hidden_read_stage",
+        "freed:hidden_write_stage",
+        "freed:kv_read_stage",
+        "freed:kv_write_stage",
+        "freed:weight_stage",
+        "produced:embed_stage",
+        "produced:hidden_read_stage",
+        "produced:hidden_write_stage",
+        "produced:kv_read_stage",
+        "produced:kv_write_stage",
+        "produced:weight_stage",
+    }
+)
+EDGE_KINDS = {Tier.CPU: _EVERYWHERE, Tier.GPU: _EVERYWHERE | _STAGED}
+
 ROOMY = Budgets(gpu=2**50, cpu=2**50, disk=2**50)
 
 
