@@ -41,7 +41,7 @@ def format_bytes(num_bytes: float) -> str:
     """Bytes as `3.2 GiB`, three significant digits, for messages and tables."""
     size = float(num_bytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(size) < 999.5:  # what rounds to a fourth digit goes to the next unit
+        if abs(size) < (1024 if unit == "B" else 999.5):  # three digits would not do from there on
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
         size /= 1024
     return f"{size:.3g} TiB" if size < 1000 else f"{size:.0f} TiB"

@@ -26,7 +26,8 @@ hypothesis.settings.load_profile("claims")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # more than there are cores crawl, here and in children
+# more threads than there are cores crawl; children inherit this
+os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 
 @pytest.fixture(scope="session")

@@ -80,7 +80,7 @@ _POLICY_OPTIONS = (
     _knob("strategy", click.Choice(STRATEGIES), "What may overlap (default event)."),
     _switch("separate_layers", "Run attention and MLP as two layers."),
     _switch("pin_weights", "Keep weights in pinned host memory."),
-    _knob("prefetch_depth", _COUNT, "Layers whose weights are loaded ahead."),
+    _knob("prefetch_depth", _COUNT, "Streamed layers whose weights are loaded ahead."),
     _knob("compute_dtype", click.Choice(COMPUTE_DTYPES), "What the layers compute in."),
     _knob(
         "resident_dtype",

@@ -298,6 +298,7 @@ def _step(
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
     """Write config, generation config, float16 weights and tokenizer."""
     model.half().save_pretrained(directory)  # type: ignore[no-untyped-call]
+    (directory / "model.safetensors").chmod(0o644)  # written for its owner alone
     tokenizer.save_pretrained(directory)
     # transformers 5 writes a class name that transformers 4 does not know; both know this one
     path = directory / "tokenizer_config.json"

@@ -1,9 +1,9 @@
 """Requests in, steps out: who sits in which place, and what each row computes next.
 
 Requests take places longest first, so a place always has room for whoever takes it next. A step is
-formed micro-batch by micro-batch as tokens come back: rows that have one token to go decode it, the
-rest of the micro-batch's new tokens is filled with prompts, in chunks where they are long. A finished
-row leaves at once and the next request takes its place.
+formed micro-batch by micro-batch as tokens come back: rows that have one token to go decode it,
+the rest of the micro-batch's new tokens is filled with prompts, in chunks where they are long. A
+finished row leaves at once and the next request takes its place.
 
 `steps` is called by the dispatcher's thread, `commit` by the host lane.
 """

@@ -22,7 +22,6 @@ class LinkUse:
     bytes: int
     busy_s: float
     bytes_per_s: float
-    planned_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,7 +112,7 @@ class Report:
             _table(
                 ("placement", "tier", "asked", "achieved", "bytes"), map(_share_row, self.shares)
             ),
-            _table(("link", "moved", "planned", "busy s", "rate"), map(_link_row, self.links)),
+            _table(("link", "moved", "busy s", "rate"), map(_link_row, self.links)),
             _table(("lane", "ops", "busy s", "busy"), map(_lane_row, self.lanes)),
             "\n".join(f"note: {note}" for note in self.notes),
         ]
@@ -148,9 +147,8 @@ def _share_row(use: ShareUse) -> tuple[str, ...]:
 
 
 def _link_row(use: LinkUse) -> tuple[str, ...]:
-    planned = "" if use.planned_bytes is None else format_bytes(use.planned_bytes)
     rate = format_rate(use.bytes_per_s)
-    return use.name, format_bytes(use.bytes), planned, f"{use.busy_s:.2f}", rate
+    return use.name, format_bytes(use.bytes), f"{use.busy_s:.2f}", rate
 
 
 def _lane_row(use: LaneUse) -> tuple[str, ...]:

@@ -392,8 +392,10 @@ class DiskFile:
             return
         if dirty:
             os.fdatasync(self._fd)  # dirty pages cannot be dropped
+        first = offset // _HUGE * _HUGE  # a page of any size is dropped whole or not at all
+        last = round_up(offset + num_bytes, _HUGE)
         with contextlib.suppress(OSError):
-            os.posix_fadvise(self._fd, offset, num_bytes, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(self._fd, first, last - first, os.POSIX_FADV_DONTNEED)
 
 
 class DiskReader:

@@ -1,8 +1,8 @@
 """Links: what bytes cross them, and how fast they may.
 
-A real link only counts. An emulated one is a clock of its own: a move copies its bytes and is done no
-sooner than bytes ÷ bandwidth after the link was free. Lanes on one link take turns, so that a short move
-does not wait for the whole of a long one.
+A real link only counts. An emulated one is a clock of its own: a move copies its bytes and is done
+no sooner than bytes ÷ bandwidth after the link was free. Lanes on one link take turns, so that a
+short move does not wait for the whole of a long one.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ _TURN_S = 1e-3  # what a move may use of an emulated link before others get thei
 class Link:
     """One resource with a bandwidth; any lane may use it."""
 
-    def __init__(
-        self, name: str, stop: threading.Event, bytes_per_s: float | None = None
-    ) -> None:
+    def __init__(self, name: str, stop: threading.Event, bytes_per_s: float | None = None) -> None:
         self.name = name
         self.bytes_per_s = bytes_per_s
         self.num_bytes = 0
@@ -27,7 +25,7 @@ class Link:
         self._lock = threading.Lock()
 
     def deliver(self, num_bytes: int, started: float) -> None:
-        """Account for bytes whose copy began at `started`; return when the link is done with them."""
+        """Account for bytes whose copy began at `started`; return when the link has moved them."""
         if self.bytes_per_s is not None:
             self._take_turns(num_bytes / self.bytes_per_s, started)
         with self._lock:

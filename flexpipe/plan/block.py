@@ -79,9 +79,7 @@ def block_shape(
         for group in groups
     ]
     kv_sizes = [
-        region * token_bytes
-        for region, group in zip(regions, groups, strict=True)
-        for _ in group
+        region * token_bytes for region, group in zip(regions, groups, strict=True) for _ in group
     ]
     kv_homes = iter(deal_places("kv_cache", "row", policy.kv_cache, kv_sizes))
     hidden_homes = deal_places(

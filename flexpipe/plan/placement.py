@@ -1,9 +1,9 @@
 """Which tensor rests on which tier.
 
 Shares are asked of the whole model; tensors are whole. What rounding leaves over is carried from
-one tensor to the next, so that at every point of the model each tier holds what was asked within
-one tensor, and every layer streams about as much as its neighbours. What the vocabulary meets is
-larger than a layer, so its rounding is spread over all of them. Vectors (norms, biases) and
+one tensor to the next, so that over the model each tier holds what was asked within one tensor, and
+every layer streams about as much as its neighbours. What the vocabulary meets may be larger than a
+layer, so it is dealt first and its rounding is spread over all layers. Vectors (norms, biases) and
 position tables are a thousandth of the bytes: they stay beside the compute device and are left out
 of the shares.
 """

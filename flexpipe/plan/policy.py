@@ -80,8 +80,8 @@ class Policy:
     """How a run uses the machine: shares per tier, batch shape, overlap, dtypes, budgets.
 
     `micro_batch_size` is in rows, `num_micro_batches` counts the micro-batches of a block,
-    `prefetch_depth` the layers whose weights are loaded ahead, `max_batch_tokens` bounds the new
-    tokens of one micro-batch in one step (prompts beyond it are prefilled in chunks).
+    `prefetch_depth` the streamed layers whose weights are loaded ahead, `max_batch_tokens` bounds
+    the new tokens of one micro-batch in one step (prompts beyond it are prefilled in chunks).
     `resident_dtype` is what weights at home beside the compute device are held in: "compute" needs
     no conversion, "checkpoint" fewer bytes. Budgets are bytes; None takes what the machine has
     free.
@@ -193,7 +193,7 @@ def knob(name: str, value: Any) -> Any:
 def _shares(name: str, value: Any) -> Shares:
     if not isinstance(value, dict) or not set(value) <= {tier.value for tier in Tier}:
         raise PolicyError(f"{name} maps gpu, cpu and disk to fractions of 1, got {value!r}")
-    return Shares(**{key: share for key, share in value.items()})
+    return Shares(**value)
 
 
 def _choice(name: str, value: object, known: tuple[str, ...]) -> None:

@@ -97,7 +97,8 @@ def _shapes(given: Mapping[str, Any], num_rows: int) -> Iterator[dict[str, Any]]
     """Block shapes in order of preference; a given knob is not varied."""
     enough = min(size for size in (*ROWS, 10**9) if size >= num_rows) if num_rows <= 64 else 64
     sizes = [size for size in ROWS if size <= enough]
-    blocks = [count for count in BLOCKS if count == 1 or num_rows > sizes[0]]
+    divided = "hidden" in given and len(given["hidden"].tiers) > 1  # whole micro-batches are
+    blocks = [count for count in BLOCKS if count == 1 or num_rows > sizes[0] or divided]
     for tokens, count, size, kv in product(
         _free(given, "max_batch_tokens", BATCH_TOKENS),
         _free(given, "num_micro_batches", blocks),

@@ -28,7 +28,7 @@ def execute(
     *,
     change_ops: ChangeOps | None = None,
 ) -> float:
-    """Run a job's steps to the end; returns seconds. `change_ops` is for tests: it may alter ops."""
+    """Run a job's steps to the end; returns seconds. `change_ops` lets tests alter the ops."""
     ops: Iterable[Op | None] = schedule(plan, steps)
     if change_ops is not None:
         ops = change_ops(ops)

@@ -1,7 +1,7 @@
 """What each op does: the one place where a schedule meets tensors.
 
-A stage holds the pools of a plan and performs ops on them, whatever lane calls. It decides no order:
-that an op finds its inputs ready is the schedule's promise.
+A stage holds the pools of a plan and performs ops on them, whatever lane calls. It decides no
+order: that an op finds its inputs ready is the schedule's promise.
 
 Shapes: T new tokens, E embedding width, H hidden size, R sampled rows, V vocabulary.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 
@@ -51,7 +52,8 @@ Commit = Callable[[MicroBatch, Sequence[SampledToken]], None]
 
 @dataclass(slots=True)
 class _Layout:
-    """A micro-batch of one step as compute sees it; the batch itself is made by its first COMPUTE."""
+    """A micro-batch of one step as compute sees it; the batch itself is made by its first
+    COMPUTE."""
 
     source: MicroBatch
     runs: tuple[RowRun, ...]
@@ -120,9 +122,23 @@ class Stage:
         }
 
     def load(self, progress: Callable[[int], None]) -> None:
-        """Bring the weights home; `progress` is told the bytes read."""
-        with torch.inference_mode():
-            self.weights.load(progress)
+        """Bring the weights home; `progress` is told the bytes read.
+
+        In a thread of its own: the team that torch gives it for converting ends with it, and the
+        compute lane's stays the only one.
+        """
+
+        def load() -> None:
+            with torch.inference_mode():
+                self.weights.load(progress)
+
+        with ThreadPoolExecutor(1, "flexpipe-load") as thread:
+            loaded = thread.submit(load)
+            try:
+                loaded.result()
+            except BaseException:
+                self._device.stop.set()
+                raise
 
     def perform(self, op: Op) -> None:
         """Do what `op` says, in the calling thread or on the current stream."""
@@ -272,9 +288,11 @@ class Stage:
         start = time.perf_counter()
         layer, layout = self._layer(op), self._layout(op)
         parts = self.weights.layer(layer, op.weight_slot)
-        hidden_TH = self._hidden.view(self._rows(op), op.hidden_slot) if op.layer == 0 or (
-            layer.takes_hidden
-        ) else None
+        hidden_TH = (
+            self._hidden.view(self._rows(op), op.hidden_slot)
+            if op.layer == 0 or (layer.takes_hidden)
+            else None
+        )
         if layout.batch is None:
             layout.batch = self._make_batch(layout)
         self._workspace.reset()
@@ -290,9 +308,7 @@ class Stage:
             flops = self.flops(op)
             wait_until(start + flops / self._device.flops_per_s, self._device.stop)
 
-    def _compute_embed(
-        self, op: Op, layout: _Layout, parts: LayerParts, hidden_TH: Tensor
-    ) -> None:
+    def _compute_embed(self, op: Op, layout: _Layout, parts: LayerParts, hidden_TH: Tensor) -> None:
         assert layout.batch is not None and isinstance(parts.weights, segments.EmbedWeights)
         if parts.embed_tokens is None:
             rows_TE = self._embed_rows(op, on_stage=False)

@@ -1,13 +1,13 @@
 """Order of work for one stage.
 
 A schedule is plain data: ops in issue order, each naming what it waits for. It moves no tensor and
-picks no stream. The issue order is a correct program by itself; an op's dependencies follow from what
-it reads and writes: *produced* (it reads what an earlier op wrote) and *freed* (it overwrites what an
-earlier op used). That a COMMIT makes the rows of a micro-batch's next step *known* is a third kind: the
-job cannot name them sooner, so this tells a dispatcher nothing new, but a checker and a simulator. A
-dependency that another one already implies is left out. Strategies add edges and never drop one, so
-two runs of a plan may differ in time but not in tokens. Invariant: an op appears after everything it
-waits for.
+picks no stream. The issue order is a correct program by itself; an op's dependencies follow from
+what it reads and writes: *produced* (it reads what an earlier op wrote) and *freed* (it overwrites
+what an earlier op used). That a COMMIT makes the rows of a micro-batch's next step *known* is a
+third kind: the job cannot name them sooner, so this tells a dispatcher nothing new, but a checker
+and a simulator. A dependency that another one already implies is left out. Strategies add edges
+and never drop one, so two runs of a plan may differ in time but not in tokens. Invariant: an op
+appears after everything it waits for.
 """
 
 from __future__ import annotations
@@ -138,9 +138,7 @@ class ScheduleBuilder:
         if layer.reads_disk:
             stage = self._take(Pool.WEIGHT_STAGE)
             staged = ((Pool.WEIGHT_STAGE, stage, 0, 0),)
-            yield edges.op(
-                Kind.READ_WEIGHT, step, position, None, writes=staged, stage_slot=stage
-            )
+            yield edges.op(Kind.READ_WEIGHT, step, position, None, writes=staged, stage_slot=stage)
         yield edges.op(
             Kind.LOAD_WEIGHT,
             step,
@@ -400,9 +398,7 @@ class ScheduleBuilder:
         self, step: int, layer: LayerPlan, batch: MicroBatch, reads: tuple[Resource, ...]
     ) -> Op:
         writes = (_rows(batch),)
-        return self._edges.op(
-            Kind.COMMIT, step, layer.position, batch, reads=reads, writes=writes
-        )
+        return self._edges.op(Kind.COMMIT, step, layer.position, batch, reads=reads, writes=writes)
 
     def _logits(self, batch: MicroBatch) -> Resource:
         shared = self._plan.num_logits == 1
@@ -591,7 +587,8 @@ class _Edges:
         for op, why in waits:
             if reasons.get(op, "").startswith("known:"):
                 continue  # nothing else needs to be said: such an op cannot come sooner
-            reasons[op] = f"{reasons[op]}+{why}" if op in reasons and why not in reasons[op] else why
+            several = op in reasons and why not in reasons[op]
+            reasons[op] = f"{reasons[op]}+{why}" if several else why
         for wait in (Wait(op, reasons[op]) for op in sorted(reasons, reverse=True)):
             distance = made - wait.op
             if known >> (distance - 1) & 1:

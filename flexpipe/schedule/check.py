@@ -2,8 +2,8 @@
 
 The checker knows nothing of how the ops were made. It plays their accesses in issue order and
 demands that every pair that touches the same resource, one of them writing, is ordered by what the
-ops wait for, and that a slot holds what its reader came for. An op may only wait for an earlier one,
-so whatever order the lanes find, some op can always run.
+ops wait for, and that a slot holds what its reader came for. An op may only wait for an earlier
+one, so whatever order the lanes find, some op can always run.
 """
 
 from __future__ import annotations
@@ -102,9 +102,9 @@ def _check_write(graph: Graph, past: _History, op: Op, resource: Resource) -> li
     if writer is not None and not graph.must_precede(writer, op):
         found.append(Hazard(writer, op, resource, "may be overwritten before it is complete"))
     uses = op.kind == Kind.COMPUTE and resource[0] in _SLOTS and not past.readers
-    if uses and writer is not None and writer.kind in _FILLS:
-        if not _same_content(writer, op, resource[0]):
-            found.append(Hazard(writer, op, resource, "holds something else than it works on"))
+    filled = writer is not None and writer.kind in _FILLS
+    if uses and writer is not None and filled and not _same_content(writer, op, resource[0]):
+        found.append(Hazard(writer, op, resource, "holds something else than it works on"))
     return found
 
 

@@ -1,7 +1,8 @@
 """Pictures of a run: one row per lane, one bar per op, times from clocks.
 
-JSON for Perfetto (ui.perfetto.dev) and chrome://tracing, in the Trace Event Format; PNG and SVG through
-matplotlib. Whoever has spans can draw them: the executor's record and a prediction look the same.
+JSON for Perfetto (ui.perfetto.dev) and chrome://tracing, in the Trace Event Format; PNG and SVG
+through matplotlib. Whoever has spans can draw them: the executor's record and a prediction look
+the same.
 """
 
 from __future__ import annotations

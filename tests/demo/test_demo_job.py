@@ -1,4 +1,4 @@
-"""The embedded model through the engine: right answers, and wrong ones when the engine is wronged."""
+"""The embedded model through the engine: right answers, wrong ones from a wrong engine."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_corrupted_rows_cache_shows_in_its_answer_alone(tmp_path: Path) -> Non
     victims: list[int] = []
 
     def corrupt(op: Op) -> None:
-        """Two rows trade their caches before the second token: both now answer the other's ticket."""
+        """Two rows trade their caches before the second token: each continues the other."""
         if op.kind == Kind.COMPUTE and op.step == 1 and op.layer == 0 and op.batch is not None:
             stages[0].kv_cache.swap_rows(0, 3, 8)
             victims.extend(row.request for row in op.batch.rows if row.place in (3, 8))
@@ -86,5 +86,5 @@ def test_a_corrupted_rows_cache_shows_in_its_answer_alone(tmp_path: Path) -> Non
         probes=Probes(before_op=corrupt, on_stage=stages.append),
     )
     assert len(victims) == 2
-    changed = {index for index, ticket in enumerate(asked) if spoiled[ticket.id] != right[ticket.id]}
+    changed = {i for i, ticket in enumerate(asked) if spoiled[ticket.id] != right[ticket.id]}
     assert changed == set(victims)

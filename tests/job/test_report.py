@@ -22,8 +22,9 @@ REPORT = Report(
     total_s=8.0,
     prompt_tokens=100,
     generated_tokens=43,
+    decode_step_tokens=40,
     links=[
-        LinkUse(name="h2d", bytes=3 * GIB, busy_s=1.5, bytes_per_s=2.1e9, planned_bytes=2 * GIB),
+        LinkUse(name="h2d", bytes=3 * GIB, busy_s=1.5, bytes_per_s=2.1e9),
         LinkUse(name="d2h", bytes=0, busy_s=0.0, bytes_per_s=0.0),
     ],
     lanes=[LaneUse(name="compute", num_ops=12, busy_s=5.0, busy_share=0.83)],
@@ -39,14 +40,13 @@ REPORT = Report(
 
 def test_prefill_and_decode_have_throughputs_of_their_own() -> None:
     assert REPORT.prefill_tokens_per_s == pytest.approx(50.0)
-    # each of the 3 finished rows got its first token from prefill
     assert REPORT.decode_tokens_per_s == pytest.approx(10.0)
     assert REPORT.generated_tokens_per_s == pytest.approx(43 / 6)
 
 
 def test_data_is_json_and_holds_every_figure() -> None:
     data = json.loads(json.dumps(REPORT.to_dict(), allow_nan=False))
-    assert data["links"][0]["planned_bytes"] == 2 * GIB
+    assert data["links"][0]["bytes"] == 3 * GIB
     assert data["tiers"][1]["asked_bytes"] is None
     assert data["prefill_tokens_per_s"] == pytest.approx(50.0)
     assert data["shares"][0]["achieved"] == 0.493
@@ -58,7 +58,7 @@ def test_table_shows_asked_planned_and_measured_side_by_side() -> None:
     row = {line.split()[0]: line.split() for line in lines if line}
     assert row["gpu"] == ["gpu", "1", "GiB", "512", "MiB", "256", "MiB"]
     assert "what is free" in " ".join(row["cpu"])
-    assert row["h2d"] == ["h2d", "3", "GiB", "2", "GiB", "1.50", "2.1", "GB/s"]
+    assert row["h2d"] == ["h2d", "3", "GiB", "1.50", "2.1", "GB/s"]
     assert row["compute"][-1] == "83%"
     assert row["prefill"] == ["prefill", "2.00", "100", "50.0"]
     assert lines[-1].startswith("note: direct I/O")
@@ -83,6 +83,7 @@ def test_a_run_without_time_has_no_rate() -> None:
         total_s=0.0,
         prompt_tokens=0,
         generated_tokens=0,
+        decode_step_tokens=0,
     )
     assert empty.generated_tokens_per_s == 0.0
     assert "link" not in empty.render()

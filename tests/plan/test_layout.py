@@ -1,8 +1,9 @@
-"""Where a streamed layer's bytes lie: packed from host memory, in the file's own blocks from disk."""
+"""Where a streamed layer's bytes lie: packed from host memory, in the file's blocks from disk."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 from hypothesis import given
@@ -55,7 +56,7 @@ def test_a_slot_mirrors_the_file_and_no_two_parts_share_a_byte(parts):
         ]
         assert offset - extent.slot_offset == item.tensor.stored.offset - extent.file_offset
     taken.sort()
-    assert all(end <= start for (_, end), (start, _) in zip(taken, taken[1:], strict=False))
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(taken))
     assert all(end <= layout.num_bytes for _, end in taken)
 
 

@@ -102,19 +102,22 @@ def test_every_layer_streams_about_as_much_as_the_next(percent, vocab):
 
 
 @given(shares=any_shares(), vocab=st.sampled_from([96, 320, 2000]), tied=st.booleans())
-def test_along_the_model_every_tier_holds_what_was_asked_within_one_tensor(shares, vocab, tied):
+def test_over_the_model_every_tier_holds_what_was_asked_within_one_tensor(shares, vocab, tied):
+    """And on the way there, within one more tensor of a layer."""
     try:
         placement = placed(shares, layers=12, vocab_size=vocab, tie_word_embeddings=tied)
     except PolicyError:
         return
-    seen, held, largest = 0, dict.fromkeys(Tier, 0), 0
+    seen, held = 0, dict.fromkeys(Tier, 0)
     tensors = [tensor for tensor in placement.tensors.values() if is_shared(tensor.spec)]
     largest = max(tensor.num_bytes for tensor in tensors)
     for tensor in tensors:
         seen += tensor.num_bytes
         held[tensor.home] += tensor.num_bytes
         for tier in Tier:
-            assert abs(held[tier] - shares.of(tier) * seen) <= largest * 1.0001
+            assert abs(held[tier] - shares.of(tier) * seen) <= largest + 96 * 64 * 2
+    for tier in Tier:
+        assert abs(held[tier] - shares.of(tier) * seen) <= largest
 
 
 @given(data=st.data(), vocab=st.sampled_from([96, 320, 2000]))

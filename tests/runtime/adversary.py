@@ -1,9 +1,9 @@
 """An adversary: it drops one kind of dependency and holds back whoever was waited for.
 
-Where the edge was needed, the op that lacks it now runs too early: it reads what is not there yet, or
-overwrites what is still in use. The adversary does not guess how long that takes: it holds the first op
-of a pair back until the second is done, or until nothing has moved for `STALL_S`: then something else
-keeps it.
+Where the edge was needed, the op that lacks it now runs too early: it reads what is not there yet,
+or overwrites what is still in use. The adversary does not guess how long that takes: it holds the
+first op of a pair back until the second is done, or until nothing has moved for `STALL_S`: then
+something else keeps it.
 """
 
 from __future__ import annotations
@@ -44,9 +44,7 @@ class OpLog:
     def pairs(self, why: str) -> list[Pair]:
         """(waited for, waiting) of every edge of one kind."""
         by_id = {op.id: op for op in self.ops}
-        return [
-            (by_id[wait.op], op) for op in self.ops for wait in op.waits_for if wait.why == why
-        ]
+        return [(by_id[wait.op], op) for op in self.ops for wait in op.waits_for if wait.why == why]
 
 
 class Adversary:

@@ -23,11 +23,10 @@ from tests.hf import ragged_prompts
 FAST = Emulation(h2d_bytes_per_s=1e12, d2h_bytes_per_s=1e12)  # links that never hold an op back
 MIB = 2**20
 
-# every pool there is: all kinds of tensors on all tiers, several micro-batches, a streamed
-# embedding, a sliced head
+# all kinds of tensors on all tiers, for three micro-batches; embedding and head are streamed
 EVERYWHERE: Mapping[str, Any] = {
     **percent_shares([0, 50, 34, 33, 34, 33]),
-    "micro_batch_size": 2,
+    "micro_batch_size": 3,
     "num_micro_batches": 3,
     "strategy": "event",
 }

@@ -194,6 +194,11 @@ def test_ctrl_c_ends_a_run_that_waits(runner: Runner) -> None:
     assert took_s < PROMPT_S
 
 
+def test_ctrl_c_before_the_first_op_leaves_nothing(runner: Runner) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        runner(EVERYWHERE, probes=Probes(on_stage=lambda stage: signal.raise_signal(signal.SIGINT)))
+
+
 def test_a_checkpoint_cut_while_it_is_read_is_one_clear_error(
     hf_checkpoint: CheckpointFactory, tmp_path: Path
 ) -> None:

@@ -1,7 +1,8 @@
 """Every dependency of the schedule is needed, and together they are enough.
 
-The mutants are real runs of a tiny model. Slots hold rubbish until they are filled; an adversary drops
-one kind of edge and turns a few of the pairs that it had ordered around. The output must show it.
+The mutants are real runs of a tiny model. Slots hold rubbish until they are filled; an adversary
+drops one kind of edge and turns a few of the pairs that it had ordered around. The output must show
+it.
 """
 
 from __future__ import annotations
@@ -68,10 +69,10 @@ SCENARIOS: Mapping[str, Scenario] = {
             "produced:weight_slot",
         ),
     ),
-    "on all tiers, two layers ahead": Scenario(
+    "host memory first, two layers ahead": Scenario(
         "emulated",
         {
-            **percent_shares([30, 30, 30, 20, 0, 100]),
+            **percent_shares([0, 50, 30, 20, 0, 100]),
             "micro_batch_size": 2,
             "num_micro_batches": 3,
             "separate_layers": True,
@@ -108,10 +109,10 @@ SCENARIOS: Mapping[str, Scenario] = {
         },
         ("produced:kv",),
     ),
-    "cpu and disk, in chunks": Scenario(
+    "weights on disk, in chunks": Scenario(
         "cpu",
         {
-            **percent_shares([0, 30, 0, 50, 0, 50]),
+            **percent_shares([0, 0, 0, 50, 0, 50]),
             "micro_batch_size": 2,
             "num_micro_batches": 3,
             "separate_layers": True,
@@ -240,7 +241,7 @@ def _shows(runner: Runner, scenario: Scenario, probes: Probes, tokens: Tokens) -
 
 def test_the_adversary_alone_changes_nothing(clean, run):
     """It is the missing edge that shows, not the waiting."""
-    name = "on all tiers, two layers ahead"
+    name = "host memory first, two layers ahead"
     tokens, log = clean[name]
     for why in ("freed:weight_slot", "produced:kv_slot"):
         mutant = Adversary(why, log.pairs(why), seed=0)
@@ -250,7 +251,7 @@ def test_the_adversary_alone_changes_nothing(clean, run):
         assert not mutant.num_inverted
 
 
-@pytest.mark.parametrize("name", ["all on disk, in chunks", "cpu and disk, in chunks"])
+@pytest.mark.parametrize("name", ["all on disk, in chunks", "weights on disk, in chunks"])
 def test_rows_are_not_known_before_their_commit_even_without_the_edge(clean, run, name):
     """The one kind that the run keeps by itself: the job names no row before its COMMIT."""
     scenario, (tokens, log) = SCENARIOS[name], clean[name]
@@ -300,8 +301,8 @@ def _check_jitter(run: Runner, tokens: Tokens, name: str, seeds: range) -> None:
 
 JITTERED = [
     "all on disk, in chunks",
-    "on all tiers, two layers ahead",
-    "cpu and disk, in chunks",
+    "host memory first, two layers ahead",
+    "weights on disk, in chunks",
     "hidden of some on disk",
 ]
 

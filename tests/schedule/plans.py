@@ -1,8 +1,8 @@
 """Tiny plans without a checkpoint, and steps without a job.
 
-Plans here are what `flexpipe.plan` makes of a policy for a model that exists only as shapes. Steps are
-drawn freely, within what a job could ask: micro-batches may be absent, rows prefill in chunks or
-decode, and some steps sample nothing.
+Plans here are what `flexpipe.plan` makes of a policy for a model that exists only as shapes. Steps
+are drawn freely, within what a job could ask: micro-batches may be absent, rows prefill in chunks
+or decode, and some steps sample nothing.
 """
 
 from __future__ import annotations
@@ -233,6 +233,8 @@ def _batches(
             if does == "idle" or context + new > mb.region_tokens:
                 continue
             contexts[mb.index, place] = context + new
-            rows.append(Row(place, place, context, tuple(range(new)), does not in ("chunk", "begin")))
+            rows.append(
+                Row(place, place, context, tuple(range(new)), does not in ("chunk", "begin"))
+            )
         if rows:
             yield MicroBatch(mb.index, tuple(rows))

@@ -1,0 +1,53 @@
+"""`python -m tests.runtime.thread_count MODEL FOLDER`: one run; tells its threads as JSON.
+
+In a process of its own, since torch's threads stay with a process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from flexpipe.job.run import Probes
+from flexpipe.plan.policy import percent_shares
+from flexpipe.schedule.op import Op
+from tests.hf import ragged_prompts
+from tests.runtime.jobs import Runner
+
+KNOBS = {
+    **percent_shares([50, 50, 50, 50, 50, 50]),
+    "micro_batch_size": 2,
+    "num_micro_batches": 2,
+}
+
+
+def num_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def main(model: str, folder: str) -> None:
+    before, during = num_threads(), []
+    teams: dict[str, dict[str, int]] = {}
+
+    def look(op: Op) -> None:
+        during.append(num_threads())
+        if op.lane.value not in teams:
+            told = torch.__config__.parallel_info()
+            found = re.findall(r"(get_num|omp_get_max|mkl_get_max)_threads\(\)\s*:\s*(\d+)", told)
+            teams[op.lane.value] = {name: int(number) for name, number in found}
+
+    run = Runner(Path(model), Path(folder), ragged_prompts([100, 90, 80, 70]), 4)
+    for _ in range(2):
+        run(KNOBS, probes=Probes(before_op=look))
+    print(
+        json.dumps({"before": before, "peak": max(during), "after": num_threads(), "teams": teams})
+    )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
