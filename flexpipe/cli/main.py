@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
@@ -59,7 +60,7 @@ def _exit_code(arguments: list[str]) -> int:
     except click.ClickException as error:
         return _refuse(error, _usage(error), error.format_message(), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        return _refuse_quietly("flexpipe: interrupted", INTERRUPTED)
+        return _refuse_quietly(f"flexpipe: interrupted{_go_on(arguments)}", INTERRUPTED)
     except BrokenPipeError:
         _forget_output()
         return PIPE_CLOSED
@@ -94,6 +95,14 @@ class _Lines(logging.Handler):
         text = " ".join(record.getMessage().split())
         with contextlib.suppress(OSError, ValueError):  # nobody reads stderr any more
             tqdm.write(f"flexpipe: {kind}{text}", file=sys.stderr)
+
+
+def _go_on(arguments: Sequence[str]) -> str:
+    """How to resume: the same command, which keeps what is there."""
+    if not arguments or arguments[0] != "run":
+        return ""
+    again = shlex.join(["flexpipe", *(word for word in arguments if word != "--overwrite")])
+    return f"; what is done is kept, go on with: {again}"
 
 
 def _refuse(error: Exception, usage: str, text: str, exit_code: int) -> int:

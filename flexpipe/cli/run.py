@@ -26,7 +26,7 @@ _FILE = click.Path(path_type=Path)
     "input_path",
     type=_FILE,
     required=True,
-    help='JSON lines {"id", "prompt", "max_tokens"}, or one prompt a line.',
+    help="JSON lines with prompt, messages or prompt_token_ids, or one prompt a line; - is stdin.",
 )
 @click.option(
     "-o",
@@ -44,14 +44,21 @@ _FILE = click.Path(path_type=Path)
     show_default=True,
     help="Most tokens to generate, where the request does not say.",
 )
-@click.option("--temperature", type=float, default=0.0, help="Only 0 (greedy) so far.")
+@click.option(
+    "--temperature", type=float, default=0.0, help="0 takes the likeliest token; above, samples."
+)
+@click.option("--top-p", type=float, default=1.0, help="Sample from this much of the probability.")
+@click.option("--top-k", type=int, default=0, help="Sample from so many tokens; 0 means all.")
+@click.option("--stop", multiple=True, help="Text that ends an answer; may be given several times.")
+@click.option("--ignore-eos", is_flag=True, help="Go on after the model's end token.")
+@click.option("--fail-fast", is_flag=True, help="Stop at the first line that cannot be run.")
 @click.option(
     "--load-format",
     type=click.Choice(LOAD_FORMATS),
     default="auto",
     help="dummy takes random weights instead of the checkpoint's.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of random weights.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of samples and of dummy weights.")
 @machine_options
 @policy_options
 def run(as_json: bool, **options: Any) -> None:

@@ -65,6 +65,7 @@ class Report:
     num_requests: int
     num_finished: int
     num_failed: int
+    num_earlier: int = 0
     load_s: float
     prefill_s: float
     decode_s: float
@@ -72,6 +73,9 @@ class Report:
     prompt_tokens: int
     generated_tokens: int
     decode_step_tokens: int
+    tail_s: float = 0.0
+    useful_rows: float = 1.0
+    bottleneck: str = ""
     links: Sequence[LinkUse] = ()
     lanes: Sequence[LaneUse] = ()
     tiers: Sequence[TierUse] = ()

@@ -1,62 +1,51 @@
 """One batch job from its spec to its report: the way of a request through the rooms.
 
-Input and model are read and the plan is made and checked before anything is loaded. Whatever stops
-a run, its own folder in the offload directory is cleared and no thread is left.
+Input and model are read and the plan is made and checked before anything is loaded. A line that
+cannot be run costs itself. Whatever stops a run, its results and the tokens of unfinished rows are
+kept: the same command goes on where it ended. Its own folder in the offload directory is cleared
+and no thread is left.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
 
 from flexpipe.errors import InputError
-from flexpipe.job.batcher import Batcher, Finished, TokenizedRequest
-from flexpipe.job.report import LaneUse, LinkUse, Report, ShareUse, TierUse
-from flexpipe.job.request import Request, read_requests
-from flexpipe.job.result import FinishReason, Result, ResultWriter, check_output
+from flexpipe.job.batcher import Admitted, Batcher, Entry, Finished
+from flexpipe.job.intake import Intake
+from flexpipe.job.journal import Journal, SystemCalls, digest_input, path_for
+from flexpipe.job.measure import Measured, Tally, report
+from flexpipe.job.prepare import Model, plan_job
+from flexpipe.job.progress import Progress
+from flexpipe.job.report import Report
+from flexpipe.job.request import BadLine, Request, RequestFile, is_stream, spool
+from flexpipe.job.result import Done, Rejection, Result, ResultWriter, check_output, read_done
 from flexpipe.job.spec import JobSpec
+from flexpipe.job.stop import cut_at_stop
 from flexpipe.job.tokenizer import Tokenizer
-from flexpipe.memory.checkpoint import Checkpoint
 from flexpipe.memory.disk import DiskFile, physical_bytes_read
 from flexpipe.memory.offload import OffloadDirectory
-from flexpipe.memory.source import open_checkpoint
-from flexpipe.model.config import ModelConfig
-from flexpipe.model.families import read_config
-from flexpipe.plan.hardware import (
-    free_disk,
-    free_memory,
-    peak_rss_bytes,
-    reset_peak_rss,
-    rss_bytes,
-)
-from flexpipe.plan.placement import model_tensors
-from flexpipe.plan.plan import Budgets, Plan, check_fits, make_plan
-from flexpipe.plan.policy import Policy
-from flexpipe.plan.rule import advice, choose_plan
+from flexpipe.plan.hardware import reset_peak_rss
+from flexpipe.plan.plan import Plan
 from flexpipe.plan.tier import Tier
-from flexpipe.runtime.device import Device, open_device
+from flexpipe.runtime.device import Device
 from flexpipe.runtime.executor import ChangeOps, execute
 from flexpipe.runtime.record import Recorder
 from flexpipe.runtime.stage import OpHook, Stage
-from flexpipe.schedule.op import Kind, Lane
 from flexpipe.schedule.trace import write_trace
-from flexpipe.units import GIB, MIB, format_bytes
 
-DISK_BOUND_SHARE = 0.9  # of the bytes asked of the disk that the device itself must have read
 DEFAULT_OFFLOAD_DIR = Path("~/.cache/flexpipe")
-_LINK_KINDS: Mapping[str, tuple[Kind, ...]] = {
-    "h2d": (Kind.LOAD_WEIGHT, Kind.LOAD_EMBED, Kind.LOAD_CACHE, Kind.LOAD_HIDDEN),
-    "d2h": (Kind.STORE_CACHE, Kind.STORE_HIDDEN, Kind.FETCH_TOKENS),
-    "disk_read": (Kind.READ_WEIGHT, Kind.READ_EMBED, Kind.READ_CACHE, Kind.READ_HIDDEN),
-    "disk_write": (Kind.WRITE_CACHE, Kind.WRITE_HIDDEN),
-}
+
+log = logging.getLogger("flexpipe")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,185 +58,122 @@ class Probes:
     keep_spans: bool = False
     on_stage: Callable[[Stage], None] | None = None
     on_recorder: Callable[[Recorder], None] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """A job whose input and model were read and whose plan fits."""
-
-    spec: JobSpec
-    device: Device
-    requests: Sequence[Request]
-    tokenized: Sequence[TokenizedRequest]
-    tokenizer: Tokenizer
-    plan: Plan
-    eos_token_ids: Sequence[int]
+    journal_calls: SystemCalls | None = None
 
 
 def run_job(spec: JobSpec, probes: Probes | None = None) -> Report:
-    """Run the job `spec`; results are on disk when this returns.
+    """Run the job `spec`, or what an earlier run of it left; results are on disk at return.
 
     Raises a FlexpipeError that names what to change for whatever a user can cause.
     """
     probes = probes or Probes()
-    check_output(spec.output_path, spec.overwrite)
-    requests = read_requests(spec.input_path, spec.max_tokens)
-    with OffloadDirectory((spec.offload_dir or DEFAULT_OFFLOAD_DIR).expanduser()) as offload:
-        job = prepare(spec, requests, offload)
-        return _run(job, offload, probes)
-
-
-def prepare(spec: JobSpec, requests: Sequence[Request], offload: OffloadDirectory) -> Prepared:
-    """Everything up to the checked plan; loads no weights."""
-    device = open_device(spec.device, spec.emulation)
-    checkpoint = open_checkpoint(
-        spec.model,
-        load_format=spec.load_format,
-        seed=spec.seed,
-        cache_dir=offload.cache,
-        revision=spec.revision,
-    )
-    config = read_config(checkpoint.config)
-    tokenizer = Tokenizer.open(
-        checkpoint.directory,
-        config.vocab_size,
-        bytes_if_missing=spec.load_format == "dummy" or all(r.prompt is None for r in requests),
-    )
-    tokenized = _tokenize(requests, tokenizer, config)
-    plan = _plan(spec, device, checkpoint, config, tokenized, offload)
-    return Prepared(
-        spec=spec,
-        device=device,
-        requests=requests,
-        tokenized=tokenized,
-        tokenizer=tokenizer,
-        plan=plan,
-        eos_token_ids=_eos_token_ids(checkpoint, config, tokenizer),
-    )
-
-
-def _tokenize(
-    requests: Sequence[Request], tokenizer: Tokenizer, config: ModelConfig
-) -> list[TokenizedRequest]:
-    texts = [request.prompt for request in requests if request.prompt is not None]
-    encoded = iter(tokenizer.encode_batch(texts))
-    made = []
-    for index, request in enumerate(requests):
-        ids = request.prompt_token_ids
-        tokens = tuple(next(encoded)) if ids is None else ids
-        _check_tokens(request, tokens, config)
-        made.append(TokenizedRequest(index, tokens, request.max_tokens))
+    check_output(spec.output_path, spec.overwrite, "append")
+    with ExitStack() as stack:
+        offload_dir = (spec.offload_dir or DEFAULT_OFFLOAD_DIR).expanduser()
+        offload = stack.enter_context(OffloadDirectory(offload_dir))
+        path = spec.input_path
+        if is_stream(path):
+            path = spool(sys.stdin.buffer if str(path) == "-" else path.open("rb"), offload.job)
+        file = RequestFile(path, spec.params)
+        model = Model.open(spec, offload, needs_text=_needs_text(file))
+        journal = _open_journal(spec, model, path, probes)
+        if journal is not None:
+            stack.enter_context(journal)
+        done = read_done(spec.output_path) if journal and not journal.is_new else Done()
+        job = _Job(spec, model, file, journal, done)
+        made = _run(job, offload, probes)
+        if journal is not None:
+            journal.close(complete=True)
     return made
 
 
-def _check_tokens(request: Request, tokens: Sequence[int], config: ModelConfig) -> None:
-    where = f"line {request.index} (id {request.id!r})"
-    if not tokens:
-        raise InputError(f"{where}: the prompt has no tokens")
-    total = len(tokens) + request.max_tokens
-    if total > config.max_positions:
-        raise InputError(
-            f"{where}: {len(tokens)} prompt tokens and max_tokens {request.max_tokens} make "
-            f"{total}, more than the model's {config.max_positions} positions; lower max_tokens to "
-            f"{max(0, config.max_positions - len(tokens))} or shorten the prompt"
-        )
-    if max(tokens) >= config.vocab_size or min(tokens) < 0:
-        raise InputError(
-            f"{where}: token {max(tokens)} lies outside the vocabulary of {config.vocab_size}"
-        )
+def _needs_text(file: RequestFile) -> bool:
+    """Whether some line has text to encode; a model may come without a tokenizer otherwise."""
+    requests = (item for item in file if isinstance(item, Request))
+    return any(request.prompt_token_ids is None for request in requests)
 
 
-def _eos_token_ids(
-    checkpoint: Checkpoint, config: ModelConfig, tokenizer: Tokenizer
-) -> tuple[int, ...]:
-    """Where a prompt's answer ends: generation_config, else config, else the tokenizer."""
-    given = checkpoint.generation_config.get("eos_token_id")
-    if given is not None:
-        return tuple(given) if isinstance(given, list) else (int(given),)
-    return config.eos_token_ids or tokenizer.eos_token_ids
+def _open_journal(spec: JobSpec, model: Model, path: Path, probes: Probes) -> Journal | None:
+    """The job's memory beside its output; None where the output is no file to come back to."""
+
+    def start_output() -> None:
+        check_output(spec.output_path, spec.overwrite)
+        ResultWriter(spec.output_path, spec.overwrite).close()
+
+    if is_stream(spec.output_path):
+        return None
+    return Journal.open(
+        path_for(spec.output_path),
+        _fingerprint(spec, model),
+        partial(digest_input, path),
+        path.stat().st_size,
+        spec.overwrite,
+        on_new=start_output,
+        system=probes.journal_calls,
+    )
 
 
-def _plan(
-    spec: JobSpec,
-    device: Device,
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    tokenized: Sequence[TokenizedRequest],
-    offload: OffloadDirectory,
-) -> Plan:
-    Policy(**spec.given).check_device(device.name)
-    stored = {
-        tensor.name: checkpoint.require(tensor.name, tensor.shape)
-        for tensor in model_tensors(config)
+def _fingerprint(spec: JobSpec, model: Model) -> dict[str, str]:
+    """Everything that changes tokens, and nothing that only changes where they are computed."""
+
+    def digest(value: object) -> str:
+        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+    params = {name: str(value) for name, value in asdict(spec.params).items()}
+    return {
+        "model": model.checkpoint.identity(),
+        "end tokens": digest(sorted(model.eos_token_ids)),
+        "compute dtype": model.compute_dtype,
+        **{f"default {name}": value for name, value in params.items()},
     }
-    dtype = compute_dtype(spec.given.get("compute_dtype", "auto"), device, config)
-    needs = [request.need for request in tokenized]
-    limits = budgets(spec, device, offload.path)
-
-    def make(policy: Policy) -> Plan:
-        return make_plan(
-            config,
-            policy,
-            needs,
-            stored,
-            limits,
-            device_tier=device.tier,
-            compute_dtype=dtype,
-        )
-
-    plan = choose_plan(spec.given, make, device.tier, len(needs))
-    if plan.shortfalls():
-        check_fits(plan, advice(spec.given, make, device.tier, len(needs)))
-    return plan
 
 
-def compute_dtype(asked: str, device: Device, config: ModelConfig) -> str:
-    """The dtype layers compute in; "auto" is float32 on CPUs, the checkpoint's on accelerators."""
-    if asked != "auto":
-        return asked
-    return config.dtype if device.has_streams else "float32"
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What is to do, and what an earlier run did."""
+
+    spec: JobSpec
+    model: Model
+    file: RequestFile
+    journal: Journal | None
+    done: Done
 
 
-def budgets(spec: JobSpec, device: Device, offload: Path) -> Budgets:
-    """What each tier may spend: what is free less a margin, or less where the user says so."""
-    overhead = rss_bytes()
-    host = free_memory() + overhead
-    cpu = _least(host - host // 50 - 64 * MIB, spec.given.get("cpu_mem"))
-    gpu = 0
-    if device.has_streams:
-        import torch
-
-        free = torch.accelerator.get_memory_info(device.torch_device)[0]
-        gpu = _least(free - free // 20 - 256 * MIB, spec.given.get("gpu_mem"))
-    elif device.tier == Tier.GPU:
-        assert spec.emulation is not None
-        asked = spec.given.get("gpu_mem") or spec.emulation.memory_bytes or cpu // 2
-        gpu = min(asked, cpu - overhead)
-        cpu = _least(min(cpu, host - host // 50 - 64 * MIB - gpu), spec.given.get("cpu_mem"))
-    disk = _least(max(0, free_disk(offload) - GIB), spec.given.get("disk_mem"))
-    return Budgets(gpu=gpu, cpu=cpu, disk=disk, overhead=overhead)
-
-
-def _least(free: int, asked: int | None) -> int:
-    return free if asked is None else min(free, asked)
-
-
-def _run(job: Prepared, offload: OffloadDirectory, probes: Probes) -> Report:
-    spec, plan, device = job.spec, job.plan, job.device
-    recorder = Recorder(keep_spans=probes.keep_spans or spec.trace_path is not None)
-    if probes.on_recorder is not None:
-        probes.on_recorder(recorder)
+def _run(job: _Job, offload: OffloadDirectory, probes: Probes) -> Report:
+    spec, device = job.spec, job.model.device
+    tokenizer, eos = job.model.tokenizer, job.model.eos_token_ids
+    intake = Intake(file=job.file, tokenizer=tokenizer, config=job.model.config, eos_token_ids=eos)
     with ExitStack() as stack:
-        writer = stack.enter_context(ResultWriter(spec.output_path, spec.overwrite))
-        bar = stack.enter_context(_progress(spec, len(job.requests)))
-        outcome = _Outcome(job, writer, bar)
-        batcher = Batcher(plan, job.tokenized, job.eos_token_ids, outcome.finish)
+        writer = stack.enter_context(_writer(job))
+        outcome = _Outcome(tokenizer, writer, job.journal)
+        outcome.tally.num_failed = job.done.num_failed + len(job.done.lines)
+        entries = _take_in(job, intake, outcome)
+        if not entries:
+            return _nothing_to_do(job, outcome)
+        plan, entries, refused = plan_job(spec, job.model, entries, offload.path)
+        for line in refused:
+            outcome.reject(line, spec.fail_fast)
+        tally = outcome.tally
+        progress = stack.enter_context(
+            Progress(tally.num_requests, tally.num_requests - len(entries), enabled=spec.progress)
+        )
+        outcome.progress = progress
+        recorder = Recorder(keep_spans=probes.keep_spans or spec.trace_path is not None)
+        if probes.on_recorder is not None:
+            probes.on_recorder(recorder)
+        unfinished = job.journal.unfinished if job.journal is not None else {}
+
+        def admit(entry: Entry) -> Admitted:
+            return intake.admit(entry, unfinished.get(entry.index, ()))
+
+        batcher = Batcher(plan, entries, admit, outcome.finish, outcome.go_on)
         files = {
             name: stack.enter_context(_reserved(offload.job / f"{name}.bin", num_bytes, device))
             for name, num_bytes in _disk_bytes(plan).items()
         }
         reset_peak_rss()
         start = time.perf_counter()
+        progress.phase("loading")
         stage = Stage(
             plan,
             device,
@@ -258,73 +184,131 @@ def _run(job: Prepared, offload: OffloadDirectory, probes: Probes) -> Report:
             poison=probes.poison,
         )
         stack.callback(stage.close)
-        bar.set_postfix_str("loading")
         stage.load(lambda num_bytes: None)
         load_s = time.perf_counter() - start
         if probes.on_stage is not None:
             probes.on_stage(stage)
         read_before = physical_bytes_read()
         began = time.perf_counter()
-        bar.set_postfix_str("")
+        progress.phase("running")
         execute(plan, device, stage, batcher.steps, recorder, change_ops=probes.change_ops)
         run_s = time.perf_counter() - began
         read_after = physical_bytes_read()
         disk_bytes = sum(file.allocated_bytes for file in files.values())
     if spec.trace_path is not None:
         write_trace(spec.trace_path, recorder.spans, plan)
-    physical = None if read_before is None or read_after is None else read_after - read_before
-    measured = _Measured(load_s, began, run_s, physical, disk_bytes)
-    return _report(job, stage, batcher, recorder, outcome, measured)
+    measured = Measured(
+        load_s=load_s,
+        began=began,
+        run_s=run_s,
+        physical_read_bytes=None
+        if read_before is None or read_after is None
+        else read_after - read_before,
+        disk_bytes=disk_bytes,
+    )
+    return report(spec.model, plan, device, stage, batcher, recorder, tally, measured)
 
 
-@dataclass(frozen=True, slots=True)
-class _Measured:
-    """Seconds and bytes of the run; `physical_read_bytes` came from the device itself."""
+def _writer(job: _Job) -> ResultWriter:
+    if job.journal is None:
+        return ResultWriter(job.spec.output_path, job.spec.overwrite)
+    keep = job.done.valid_bytes
+    return ResultWriter(job.spec.output_path, mode="append", keep_bytes=keep)
 
-    load_s: float
-    began: float
-    run_s: float
-    physical_read_bytes: int | None
-    disk_bytes: int
+
+def _take_in(job: _Job, intake: Intake, outcome: _Outcome) -> list[Entry]:
+    """Read the input once: what is left to run; bad lines are written at once."""
+    entries = []
+
+    def left() -> Iterator[Request | BadLine]:
+        for item in job.file:
+            outcome.tally.num_requests += 1
+            if job.done.holds(item):
+                outcome.tally.num_earlier += 1
+                if job.journal is not None:
+                    job.journal.done(item.index)
+            else:
+                yield item
+
+    for item in intake.judge(left()):
+        if isinstance(item, Entry):
+            entries.append(item)
+        else:
+            outcome.reject(item, job.spec.fail_fast)
+    return entries
+
+
+def _nothing_to_do(job: _Job, outcome: _Outcome) -> Report:
+    """The report of a job whose every line has its record already."""
+    if not outcome.tally.num_requests:
+        raise InputError(f"{job.spec.input_path} holds no prompts")
+    return Report(
+        model=job.spec.model,
+        device=job.model.device.name,
+        strategy=job.spec.given.get("strategy", "event"),
+        num_requests=outcome.tally.num_requests,
+        num_finished=0,
+        num_failed=outcome.tally.num_failed,
+        num_earlier=outcome.tally.num_earlier,
+        load_s=0.0,
+        prefill_s=0.0,
+        decode_s=0.0,
+        total_s=0.0,
+        prompt_tokens=0,
+        generated_tokens=0,
+        decode_step_tokens=0,
+    )
 
 
 class _Outcome:
-    """Turns finished rows into result lines and counts them."""
+    """Turns what becomes of lines into records, and counts."""
 
-    def __init__(self, job: Prepared, writer: ResultWriter, bar: tqdm[Any]) -> None:
-        self._job = job
+    def __init__(self, tokenizer: Tokenizer, writer: ResultWriter, journal: Journal | None) -> None:
+        self._tokenizer = tokenizer
         self._writer = writer
-        self._bar = bar
-        self.num_finished = self.num_failed = self.num_tokens = 0
+        self._journal = journal
+        self.progress: Progress | None = None
+        self.tally = Tally()
+
+    def go_on(self, tokens: Sequence[tuple[Entry, int]]) -> None:
+        """New tokens of rows that go on."""
+        if self._journal is not None:
+            for entry, token in tokens:
+                self._journal.append(entry.index, token)
+            self._journal.flush()
+        if self.progress is not None:
+            self.progress.tokens(len(tokens))
 
     def finish(self, end: Finished) -> None:
-        request, tokenized = self._job.requests[end.index], self._job.tokenized[end.index]
-        reason: FinishReason = (
-            "error" if end.error else ("stop" if end.reason == "stop" else "length")
-        )
+        """A row's last token, or its failure: its record is written before it is forgotten."""
+        entry, params = end.request.entry, end.request.params
         self._writer.write(
             Result(
-                id=request.id,
-                text=self._job.tokenizer.decode(end.tokens),
+                id=entry.id,
+                text=cut_at_stop(self._tokenizer.decode(end.tokens), params.stop),
                 token_ids=end.tokens,
-                finish_reason=reason,
-                prompt_tokens=len(tokenized.tokens),
+                finish_reason=end.reason,
+                prompt_tokens=entry.num_prompt,
                 error=end.error,
             )
         )
-        self.num_tokens += len(end.tokens)
-        self.num_failed += end.error is not None
-        self.num_finished += end.error is None
-        self._bar.update()
+        if end.error is not None:
+            log.warning("request %r failed: %s", entry.id, end.error)
+        if self._journal is not None:
+            self._journal.done(entry.index)
+        self.tally.num_tokens += len(end.tokens) - len(end.request.generated)
+        self.tally.num_failed += end.error is not None
+        self.tally.num_finished += end.error is None
+        if self.progress is not None:
+            self.progress.tokens(1)
+            self.progress.request()
 
-
-@contextmanager
-def _progress(spec: JobSpec, total: int) -> Iterator[tqdm[Any]]:
-    bar: tqdm[Any]
-    with tqdm(
-        total=total, unit="request", file=sys.stderr, disable=not spec.progress, dynamic_ncols=True
-    ) as bar:
-        yield bar
+    def reject(self, line: BadLine, fail_fast: bool) -> None:
+        """A line that cannot be run; with `fail_fast` it ends the job."""
+        if fail_fast:
+            raise InputError(f"line {line.index}: {line.reason} (--fail-fast)")
+        self._writer.write(Rejection.of(line))
+        self.tally.num_failed += 1
 
 
 @contextmanager
@@ -334,140 +318,5 @@ def _reserved(path: Path, num_bytes: int, device: Device) -> Iterator[DiskFile]:
         yield file
 
 
-def _disk_bytes(plan: Plan) -> dict[str, int]:
+def _disk_bytes(plan: Plan) -> Mapping[str, int]:
     return {pool.name: pool.num_bytes for pool in plan.pools if pool.tier == Tier.DISK}
-
-
-def _report(
-    job: Prepared,
-    stage: Stage,
-    batcher: Batcher,
-    recorder: Recorder,
-    outcome: _Outcome,
-    measured: _Measured,
-) -> Report:
-    prefill_s, decode_s, decoded = _phases(batcher, measured.began)
-    plan = job.plan
-    return Report(
-        model=job.spec.model,
-        device=job.device.name,
-        strategy=plan.policy.strategy,
-        num_requests=len(job.requests),
-        num_finished=outcome.num_finished,
-        num_failed=outcome.num_failed,
-        load_s=measured.load_s,
-        prefill_s=prefill_s,
-        decode_s=decode_s,
-        total_s=measured.load_s + measured.run_s,
-        prompt_tokens=sum(count.prompt_tokens for count in batcher.counts),
-        generated_tokens=outcome.num_tokens,
-        decode_step_tokens=decoded,
-        links=_links(job, recorder),
-        lanes=_lanes(recorder, measured.run_s),
-        tiers=_tiers(plan, stage, measured.disk_bytes),
-        shares=_shares(plan),
-        policy=plan.policy.to_dict(),
-        notes=_notes(job, stage, measured),
-    )
-
-
-def _phases(batcher: Batcher, began: float) -> tuple[float, float, int]:
-    """Seconds of steps that prefill, seconds of steps that only decode, and the latters' tokens."""
-    prefill_s = decode_s = 0.0
-    decoded, last = 0, began
-    for count in batcher.counts:
-        if not count.prompt_tokens and not count.decode_tokens:
-            continue
-        seconds, last = count.end_s - last, count.end_s
-        if count.prompt_tokens:
-            prefill_s += seconds
-        else:
-            decode_s += seconds
-            decoded += count.decode_tokens
-    return prefill_s, decode_s, decoded
-
-
-def _links(job: Prepared, recorder: Recorder) -> list[LinkUse]:
-    uses = []
-    for link in job.device.links:
-        if not link.num_bytes:
-            continue
-        busy_s = sum(recorder.busy_s.get(kind, 0.0) for kind in _LINK_KINDS[link.name])
-        rate = link.num_bytes / busy_s if busy_s else 0.0
-        uses.append(LinkUse(name=link.name, bytes=link.num_bytes, busy_s=busy_s, bytes_per_s=rate))
-    return uses
-
-
-def _lanes(recorder: Recorder, run_s: float) -> list[LaneUse]:
-    uses = []
-    for lane in Lane:
-        num_ops, busy_s = recorder.lane_ops(lane), recorder.lane_busy_s(lane)
-        if num_ops:
-            share = busy_s / run_s if run_s else 0.0
-            uses.append(LaneUse(name=lane.value, num_ops=num_ops, busy_s=busy_s, busy_share=share))
-    return uses
-
-
-def _tiers(plan: Plan, stage: Stage, disk_bytes: int) -> list[TierUse]:
-    measured = {
-        Tier.GPU: stage.memory.peak_device_bytes(),
-        Tier.CPU: peak_rss_bytes() - stage.memory.emulated_bytes(plan.device_tier),
-        Tier.DISK: disk_bytes,
-    }
-    return [
-        TierUse(
-            tier=tier.value,
-            asked_bytes=plan.policy.budget(tier),
-            planned_bytes=plan.tier_bytes(tier),
-            measured_bytes=measured[tier],
-        )
-        for tier in Tier
-        if plan.tier_bytes(tier)
-    ]
-
-
-def _shares(plan: Plan) -> list[ShareUse]:
-    policy = plan.policy
-    by_kind: dict[str, dict[Tier, int]] = {
-        "weights": dict(plan.placement.achieved_bytes),
-        "kv_cache": dict.fromkeys(Tier, 0),
-        "hidden": dict.fromkeys(Tier, 0),
-    }
-    for mb in plan.micro_batches:
-        by_kind["hidden"][mb.hidden_home] += plan.hidden_bytes(mb)
-        for tier in Tier:
-            room = mb.region_tokens * plan.token_bytes * plan.config.num_layers
-            by_kind["kv_cache"][tier] += len(mb.places(tier)) * room
-    uses = []
-    for kind, given in by_kind.items():
-        shares = getattr(policy, kind)
-        for tier in Tier:
-            if shares.of(tier) or given[tier]:
-                achieved = given[tier] / max(1, sum(given.values()))
-                uses.append(
-                    ShareUse(
-                        kind=kind,
-                        tier=tier.value,
-                        asked=shares.of(tier),
-                        achieved=achieved,
-                        bytes=given[tier],
-                    )
-                )
-    return uses
-
-
-def _notes(job: Prepared, stage: Stage, measured: _Measured) -> list[str]:
-    notes = []
-    copies = job.device.synchronous
-    if copies.num_copies:
-        notes.append(
-            f"{copies.num_copies} copies ({format_bytes(copies.num_bytes)}) were synchronous: "
-            f"{format_bytes(stage.memory.unpinned_bytes)} of host memory could not be page-locked"
-        )
-    asked, physical = job.device.disk_read.num_bytes, measured.physical_read_bytes
-    if asked and physical is not None and physical < DISK_BOUND_SHARE * asked:
-        notes.append(
-            f"the device read {physical / asked:.0%} of the bytes asked of the disk; the rest "
-            "came from a cache, so this run says nothing about the disk"
-        )
-    return notes

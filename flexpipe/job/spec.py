@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from flexpipe.errors import InputError
+from flexpipe.job.params import SamplingParams
 from flexpipe.plan.hardware import Emulation
 
 LoadFormat = Literal["auto", "dummy"]
@@ -37,6 +38,11 @@ class JobSpec:
     output_path: Path
     max_tokens: int = 128
     temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    fail_fast: bool = False
     device: str = "auto"
     emulation: Emulation | None = None
     given: Mapping[str, Any] = field(default_factory=dict)
@@ -51,18 +57,26 @@ class JobSpec:
     def __post_init__(self) -> None:
         if not self.model:
             raise InputError("--model is empty; give a checkpoint's directory or a hub name")
-        if self.max_tokens < 1:
-            raise InputError(f"--max-tokens must be at least 1, got {self.max_tokens}")
-        if self.temperature != 0:
-            raise InputError(
-                f"--temperature {self.temperature:g} is not supported yet; only 0 (greedy) is"
-            )
+        _ = self.params  # checks itself
         if self.load_format not in LOAD_FORMATS:
             raise InputError(
                 f"--load-format is one of {', '.join(LOAD_FORMATS)}, got {self.load_format!r}"
             )
         self._check_device()
         self._check_paths()
+
+    @property
+    def params(self) -> SamplingParams:
+        """What holds where a line of the input says nothing."""
+        return SamplingParams(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=self.seed,
+            max_tokens=self.max_tokens,
+            stop=self.stop,
+            ignore_eos=self.ignore_eos,
+        )
 
     def _check_device(self) -> None:
         if not _DEVICE.fullmatch(self.device):
@@ -83,8 +97,8 @@ class JobSpec:
             ("--input-file", self.input_path),
             ("--output-file", self.output_path),
         ):
-            if str(path) == "-":
-                raise InputError(f"{option} - is not supported; name a file")
+            if str(path) == "-" and option == "--output-file":
+                raise InputError("--output-file - is not supported; name a file")
         if _same_file(self.input_path, self.output_path):
             raise InputError(
                 f"--output-file {self.output_path} is the input file; name another, "

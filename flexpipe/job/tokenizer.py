@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flexpipe.errors import ModelError
+from flexpipe.errors import InputError, ModelError
+from flexpipe.job.request import check_messages
 
 # any one of these holds a vocabulary; tokenizer_config.json alone does not
 TOKENIZER_FILES = (
@@ -58,6 +59,14 @@ class Tokenizer(ABC):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids` without special tokens."""
 
+    def encode_messages(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Ids of a chat and of what opens the answer, by the model's chat template.
+
+        An InputError says why there are none; it is one request's, like a misshapen prompt.
+        """
+        check_messages(messages)
+        raise InputError("this model has no chat template; give prompt instead of messages")
+
     def encode(self, text: str) -> list[int]:
         """`encode_batch` of one text; slower than a batch."""
         return self.encode_batch([text])[0]
@@ -96,8 +105,23 @@ class CheckpointTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
+        return self._ids(list(texts))
+
+    def encode_messages(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        chat = list(check_messages(messages))
+        if not self._tokenizer.chat_template:
+            return super().encode_messages(chat)
+        try:
+            text = self._tokenizer.apply_chat_template(
+                chat, add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:  # a template is a program; what it refuses it says
+            raise InputError(f"the chat template refuses these messages: {error}") from error
+        return self._ids([text], add_special_tokens=False)[0]  # the template wrote them
+
+    def _ids(self, texts: list[str], **settings: Any) -> list[list[int]]:
         # verbose=False: prompts longer than the model are the job's to refuse, with their id
-        batch: list[list[int]] = self._tokenizer(list(texts), verbose=False)["input_ids"]
+        batch: list[list[int]] = self._tokenizer(texts, verbose=False, **settings)["input_ids"]
         largest = max((id for ids in batch for id in ids), default=0)
         if largest >= self._vocab_size:
             raise ModelError(

@@ -27,7 +27,7 @@ from flexpipe.memory.weights import LayerParts, WeightStore
 from flexpipe.model import segments
 from flexpipe.model.batch import Batch, RopeTable, RowSpan
 from flexpipe.model.cost import decoder_flops, head_flops, mlp_flops, num_attended
-from flexpipe.model.sampling import greedy
+from flexpipe.model.sampling import choose
 from flexpipe.model.workspace import Workspace
 from flexpipe.plan.plan import LayerKind, LayerPlan, Plan, PoolPlan
 from flexpipe.plan.tier import Tier
@@ -358,7 +358,8 @@ class Stage:
 
     def _sample(self, op: Op) -> None:
         layout = self._layout(op)
-        layout.tokens = greedy(self._logits_view(layout.source.index, len(layout.sampled)))
+        logits_RV = self._logits_view(layout.source.index, len(layout.sampled))
+        layout.tokens = choose(logits_RV, [row.draw for row in layout.sampled])
 
     def _fetch_tokens(self, op: Op) -> None:
         layout = self._layout(op)

@@ -587,8 +587,9 @@ class _Edges:
         for op, why in waits:
             if reasons.get(op, "").startswith("known:"):
                 continue  # nothing else needs to be said: such an op cannot come sooner
-            several = op in reasons and why not in reasons[op]
-            reasons[op] = f"{reasons[op]}+{why}" if several else why
+            told = reasons.get(op, "")
+            if why not in told.split("+"):
+                reasons[op] = f"{told}+{why}" if told else why
         for wait in (Wait(op, reasons[op]) for op in sorted(reasons, reverse=True)):
             distance = made - wait.op
             if known >> (distance - 1) & 1:

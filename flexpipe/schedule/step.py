@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flexpipe.model.draw import Draw
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -15,7 +17,7 @@ class Row:
 
     `place` is the row's index within its micro-batch and decides where its KV cache lies. `tokens`
     are the ids to compute now; `sampled` says whether the last of them asks for a next token
-    (false for all but the last chunk of a prompt).
+    (false for all but the last chunk of a prompt), `draw` how; None takes the likeliest.
     """
 
     request: int
@@ -23,6 +25,7 @@ class Row:
     num_context: int
     tokens: tuple[int, ...]
     sampled: bool
+    draw: Draw | None = None
 
     @property
     def num_new(self) -> int:

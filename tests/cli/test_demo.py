@@ -9,7 +9,7 @@ import pytest
 
 from flexpipe.cli.demo import MODEL
 from flexpipe.demo.tickets import tickets
-from flexpipe.job.request import read_requests
+from flexpipe.job.request import Request, RequestFile
 from flexpipe.job.result import Result, ResultWriter
 from flexpipe.job.spec import JobSpec
 from tests.cli.conftest import REPORT, FakeJob
@@ -21,7 +21,8 @@ NUM = 10
 def answer(spec: JobSpec) -> None:
     """Right for all but the first ticket, and in another order."""
     wanted = {ticket.id: ticket.answer for ticket in tickets("held-out", NUM, 0)}
-    requests = read_requests(spec.input_path, spec.max_tokens)
+    items = list(RequestFile(spec.input_path, spec.params))
+    requests = [item for item in items if isinstance(item, Request)]
     with ResultWriter(spec.output_path) as writer:
         for request in reversed(requests):
             text = "?" if request is requests[0] else wanted[str(request.id)]

@@ -100,7 +100,10 @@ def test_ctrl_c_is_one_line_and_130(
 ) -> None:
     job.act = raising(KeyboardInterrupt())
     assert flexpipe(*RUN) == 130
-    assert capsys.readouterr() == ("", "flexpipe: interrupted\n")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("flexpipe: interrupted; what is done is kept, go on with: flexpipe run ")
+    assert len(err.splitlines()) == 1 and "--overwrite" not in err
 
 
 def test_what_is_logged_is_told_on_stderr_in_one_line_each(
@@ -158,7 +161,7 @@ def test_reader_that_left_is_no_error() -> None:
     ("arguments", "named"),
     [
         (["runn"], "No such command 'runn'"),
-        ([*RUN, "--top-p", "0.9"], "No such option '--top-p'"),
+        ([*RUN, "--top-z", "0.9"], "No such option '--top-z'"),
         (["run", "--model", "m", "-i", "in"], "Missing option '-o' / '--output-file'"),
         ([*RUN, "extra"], "unexpected extra argument (extra)"),
         ([*RUN, "--max-tokens", "0"], "'--max-tokens'"),

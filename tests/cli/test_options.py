@@ -134,7 +134,7 @@ def test_policy_may_be_a_preset(
         (["--emulate", "h2d=fast"], "'--emulate': --emulate cannot read h2d=fast"),
         (["--emulate", "h2d=1GB/s", "--device", "cpu"], "--device is cpu"),
         (["--device", "tpu"], "--device 'tpu' is unknown"),
-        (["--temperature", "0.8"], "--temperature 0.8"),
+        (["--temperature", "-0.8"], "temperature must be"),
         (["--policy", "no-such-preset"], "no-such-preset"),
         (["--policy", "no/such/file.yaml"], "cannot read the policy file no/such/file.yaml"),
         (["--trace", "run.gif"], "--trace run.gif"),

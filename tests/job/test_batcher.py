@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexpipe.job.batcher import Batcher, Finished, TokenizedRequest
+from flexpipe.job.batcher import Admitted, Batcher, Entry, Finished
+from flexpipe.job.params import SamplingParams
 from flexpipe.plan.plan import Plan
 from flexpipe.runtime.stage import SampledToken
 from flexpipe.schedule.step import MicroBatch, Row
@@ -19,11 +20,24 @@ EOS = 2
 Model = Callable[[Row], int]
 
 
-def request(index: int, prompt: int, output: int) -> TokenizedRequest:
-    return TokenizedRequest(index, tuple(range(100 * index, 100 * index + prompt)), output)
+def request(index: int, prompt: int, output: int) -> Entry:
+    return Entry(index, index, 0, prompt, output)
 
 
-def plan_for(requests: Sequence[TokenizedRequest], **knobs: int) -> Plan:
+def tokens_of(entry: Entry) -> tuple[int, ...]:
+    return tuple(range(100 * entry.index, 100 * entry.index + entry.num_prompt))
+
+
+def admitted(entry: Entry) -> Admitted:
+    return Admitted(
+        entry=entry,
+        tokens=tokens_of(entry),
+        params=SamplingParams(max_tokens=entry.num_output),
+        eos_token_ids=frozenset([EOS]),
+    )
+
+
+def plan_for(requests: Sequence[Entry], **knobs: int) -> Plan:
     return tiny_plan(needs=[request.need for request in requests], **knobs)
 
 
@@ -32,14 +46,14 @@ class Job:
     """Drives a batcher as a dispatcher would: a micro-batch comes back before it is asked again."""
 
     plan: Plan
-    requests: Sequence[TokenizedRequest]
+    requests: Sequence[Entry]
     model: Model = lambda row: 7
     not_finite: Callable[[Row], bool] = lambda row: False
     ended: list[Finished] = field(default_factory=list)
     steps: list[list[MicroBatch]] = field(default_factory=list)
 
     def run(self, most: int = 10_000) -> Job:
-        self.batcher = Batcher(self.plan, self.requests, [EOS], self.ended.append)
+        self.batcher = Batcher(self.plan, self.requests, admitted, self.ended.append)
         out: list[MicroBatch] = []
         while (batches := self.batcher.steps(len(self.steps))) is not None:
             assert len(self.steps) < most
@@ -97,18 +111,18 @@ def jobs(draw: st.DrawFn) -> Job:
 @given(job=jobs())
 def test_every_request_ends_once_and_every_token_is_computed_once_in_order(job):
     job.run()
-    assert sorted(end.index for end in job.ended) == list(range(len(job.requests)))
-    ended = {end.index: end for end in job.ended}
+    assert sorted(end.request.entry.index for end in job.ended) == list(range(len(job.requests)))
+    ended = {end.request.entry.index: end for end in job.ended}
     for request in job.requests:
         rows = job.rows(request.index)
         end = ended[request.index]
         fed = [token for row in rows for token in row.tokens]
-        assert fed == [*request.tokens, *end.tokens[:-1]]
+        assert fed == [*tokens_of(request), *end.tokens[:-1]]
         seen = 0
         for row in rows:
             assert row.num_context == seen
             seen += row.num_new
-            assert row.sampled is (seen >= len(request.tokens))
+            assert row.sampled is (seen >= request.num_prompt)
         assert len({(row.place) for row in rows}) == 1
 
 
@@ -132,7 +146,7 @@ def test_no_step_asks_for_more_than_was_planned(job):
 @given(job=jobs())
 def test_a_row_ends_at_an_end_token_or_at_its_limit(job):
     job.run()
-    limits = {request.index: request.max_tokens for request in job.requests}
+    limits = {request.index: request.num_output for request in job.requests}
     for end in job.ended:
         assert end.error is None
         assert EOS not in end.tokens[:-1]
@@ -140,8 +154,8 @@ def test_a_row_ends_at_an_end_token_or_at_its_limit(job):
             assert end.tokens[-1] == EOS
         else:
             assert end.reason == "length"
-            assert end.tokens[-1] != EOS and len(end.tokens) == limits[end.index]
-        assert 1 <= len(end.tokens) <= limits[end.index]
+            assert end.tokens[-1] != EOS and len(end.tokens) == limits[end.request.entry.index]
+        assert 1 <= len(end.tokens) <= limits[end.request.entry.index]
 
 
 def test_requests_are_seated_longest_first():
@@ -189,7 +203,10 @@ def test_rows_that_decode_are_served_before_prompts():
 def test_a_micro_batch_that_is_out_is_waited_for():
     requests = [request(0, 4, 2), request(1, 4, 2)]
     batcher = Batcher(
-        plan_for(requests, micro_batch_size=1, num_micro_batches=2), requests, [], lambda end: None
+        plan_for(requests, micro_batch_size=1, num_micro_batches=2),
+        requests,
+        admitted,
+        lambda end: None,
     )
     first = list(batcher.steps(0) or ())
     assert [batch.index for batch in first if batch] == [0, 1]
@@ -209,7 +226,7 @@ def test_rows_whose_logits_are_not_finite_fail_alone_and_keep_what_they_had():
         return row.request == 1 and row.num_context + row.num_new == 7
 
     job = Job(plan_for(requests, micro_batch_size=3), requests, not_finite=broken).run()
-    ended = {end.index: end for end in job.ended}
+    ended = {end.request.entry.index: end for end in job.ended}
     assert ended[1].tokens == (7, 7)
     assert ended[1].reason == "error"
     assert "logits for token 3 are not finite" in (ended[1].error or "")
@@ -222,7 +239,7 @@ def test_the_place_of_a_failed_row_goes_to_the_next_request():
     requests = [request(0, 9, 4), request(1, 5, 2)]
     plan = plan_for(requests, micro_batch_size=1)
     job = Job(plan, requests, not_finite=lambda row: row.request == 0).run()
-    assert [end.index for end in job.ended] == [0, 1]
+    assert [end.request.entry.index for end in job.ended] == [0, 1]
     assert job.ended[1].error is None
 
 
@@ -245,3 +262,60 @@ def test_the_last_token_is_not_computed(output):
     requests = [request(0, 5, output)]
     job = Job(plan_for(requests, micro_batch_size=1), requests).run()
     assert sum(row.num_new for row in job.rows(0)) == 5 + output - 1
+
+
+def test_tokens_of_an_earlier_run_are_prefilled_and_counted_on():
+    entry = request(0, 4, 5)
+
+    def resumed(waiting: Entry) -> Admitted:
+        return replace(admitted(waiting), generated=(11, 12))
+
+    ended: list[Finished] = []
+    went_on: list[tuple[int, int]] = []
+    batcher = Batcher(
+        plan_for([entry], micro_batch_size=1),
+        [entry],
+        resumed,
+        ended.append,
+        lambda tokens: went_on.extend((entry.index, token) for entry, token in tokens),
+    )
+    fed: list[int] = []
+    answer = iter((13, 14, 15))
+    step = 0
+    while (batches := batcher.steps(step)) is not None:
+        for batch in batches:
+            assert batch is not None
+            (row,) = batch.rows
+            fed += row.tokens
+            batcher.commit(batch, [SampledToken(row, next(answer), True)] if row.sampled else [])
+        step += 1
+    assert fed == [*tokens_of(entry), 11, 12, 13, 14]
+    assert ended[0].tokens == (11, 12, 13, 14, 15)
+    assert ended[0].reason == "length"
+    assert went_on == [(0, 13), (0, 14)]
+
+
+def test_a_draw_depends_on_seed_id_and_position_only():
+    entries = [request(index, 4, 6) for index in range(3)]
+
+    def sampling(waiting: Entry) -> Admitted:
+        return replace(admitted(waiting), params=SamplingParams(temperature=1.0, max_tokens=6))
+
+    def draws(size: int) -> dict[tuple[int, int], float]:
+        seen: dict[tuple[int, int], float] = {}
+        plan = plan_for(entries, micro_batch_size=size)
+        batcher = Batcher(plan, entries, sampling, lambda end: None)
+        step = 0
+        while (batches := batcher.steps(step)) is not None:
+            for batch in batches:
+                assert batch is not None
+                for row in batch.rows:
+                    assert row.draw is not None
+                    seen[row.request, row.num_context + row.num_new] = row.draw.uniform
+                sampled = [SampledToken(row, 7, True) for row in batch.rows]
+                batcher.commit(batch, sampled)
+            step += 1
+        return seen
+
+    assert draws(1) == draws(3)
+    assert len(set(draws(3).values())) == 18

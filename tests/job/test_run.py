@@ -89,7 +89,7 @@ class Logits:
             assert self.stage is not None
             rows, logits_RV = self.stage.logits(op)
             for row, logits_V in zip(rows, logits_RV.clone(), strict=True):
-                self.by_request.setdefault(row.request, []).append(logits_V)
+                self.by_request.setdefault(row.request - 1, []).append(logits_V)
 
 
 def run(
@@ -101,6 +101,7 @@ def run(
     *,
     max_tokens: int = MAX_NEW,
     probes: Probes | None = None,
+    fail_fast: bool = False,
 ) -> tuple[Report, dict[int, dict[str, Any]]]:
     """Run token-id prompts; the report and each prompt's record."""
     lines = [json.dumps({"id": i, "prompt_token_ids": p}) for i, p in enumerate(prompts)]
@@ -114,6 +115,7 @@ def run(
         emulation=Emulation(memory_bytes=256 * MIB) if device == "emulated" else None,
         given=given,
         offload_dir=tmp_path / "offload",
+        fail_fast=fail_fast,
         overwrite=True,
         progress=False,
     )
@@ -249,7 +251,7 @@ def test_requests_with_non_finite_logits_fail_alone_and_loudly(
     def spoil(op: Op) -> None:
         if op.kind == Kind.SAMPLE and op.step == 2 and seen.stage is not None:
             rows, logits_RV = seen.stage.logits(op)
-            logits_RV[[row.request for row in rows].index(1), 7] = float("nan")
+            logits_RV[[row.request for row in rows].index(2), 7] = float("nan")
 
     report, records = run(
         hf_checkpoint("llama3"),
@@ -277,8 +279,12 @@ def test_a_plan_that_does_not_fit_is_refused_with_shortfall_and_advice(
 def test_a_prompt_beyond_the_models_positions_names_its_line(
     hf_checkpoint: Any, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match=r"line 2 .*510 prompt tokens.*512 positions"):
-        run(hf_checkpoint("llama3"), tmp_path, [[5], [5] * 510], "cpu", {})
+    report, records = run(hf_checkpoint("llama3"), tmp_path, [[5], [5] * 510], "cpu", {})
+    assert (report.num_finished, report.num_failed) == (1, 1)
+    assert records[1]["line"] == 2
+    assert "510 prompt tokens" in records[1]["error"] and "512 positions" in records[1]["error"]
+    with pytest.raises(InputError, match=r"line 2: .*512 positions"):
+        run(hf_checkpoint("llama3"), tmp_path, [[5], [5] * 510], "cpu", {}, fail_fast=True)
 
 
 def test_a_missing_tensor_is_named_before_anything_runs(hf_checkpoint: Any, tmp_path: Path) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from flexpipe.errors import ModelError
+from flexpipe.errors import InputError, ModelError
 from flexpipe.job.tokenizer import ByteTokenizer, Tokenizer
 
 TEXTS = ["the cat sat", "a dog!", "the the cat"]
@@ -99,3 +101,46 @@ def test_bytes_stand_in_for_a_dummy_model(tmp_path: Path) -> None:
     small = ByteTokenizer(50)
     assert all(id < 50 for id in small.encode("hello"))
     assert isinstance(ByteTokenizer(152064).decode([150000, 300]), str)
+
+
+CHAT = [{"role": "system", "content": "the cat"}, {"role": "user", "content": "a <s> né"}]
+TEMPLATE = """<s>{% for message in messages %}
+{%- if message.role == "robot" %}{{ raise_exception("no robots") }}{% endif %}
+{{- message.role }}: {{ message.content }}
+{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"""
+
+
+@pytest.fixture(scope="module")
+def chat_directory(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    chat = tmp_path_factory.mktemp("chat") / "checkpoint"
+    shutil.copytree(directory, chat)
+    (chat / "chat_template.jinja").write_text(TEMPLATE)
+    return chat
+
+
+def test_messages_go_through_the_reference_s_template(chat_directory: Path) -> None:
+    from transformers import AutoTokenizer
+
+    reference = AutoTokenizer.from_pretrained(str(chat_directory))
+    ids = Tokenizer.open(chat_directory, 300).encode_messages(CHAT)
+    assert ids == reference.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False)
+    assert ids[0] == 0 and ids[1] != 0  # the template's <s> is the only one in front
+    assert reference.decode(ids).endswith("assistant:")
+
+
+def test_what_a_template_refuses_is_told(chat_directory: Path) -> None:
+    robot = [{"role": "robot", "content": "x"}]
+    with pytest.raises(InputError, match="chat template refuses these messages: no robots"):
+        Tokenizer.open(chat_directory, 300).encode_messages(robot)
+
+
+def test_model_without_a_template_takes_no_messages(directory: Path) -> None:
+    for tokenizer in (Tokenizer.open(directory, 300), ByteTokenizer(300)):
+        with pytest.raises(InputError, match="no chat template; give prompt"):
+            tokenizer.encode_messages(CHAT)
+
+
+@pytest.mark.parametrize("messages", [[], "hello", [{"role": "user"}], [{"content": "x"}]])
+def test_misshapen_messages_are_refused(chat_directory: Path, messages: Any) -> None:
+    with pytest.raises(InputError, match="messages"):
+        Tokenizer.open(chat_directory, 300).encode_messages(messages)

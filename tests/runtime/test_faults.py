@@ -328,5 +328,7 @@ def test_ctrl_c_of_the_command_is_130_and_clears_its_folder(
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=30)
     print(f"ended {time.monotonic() - start:.2f} s after Ctrl-C")
-    assert (process.returncode, last_line(stderr)) == (130, "flexpipe: interrupted"), stderr
+    assert process.returncode == 130, stderr
+    told = "flexpipe: interrupted; what is done is kept, go on with: flexpipe run "
+    assert last_line(stderr).startswith(told), stderr
     assert list(jobs.iterdir()) == []

@@ -1,0 +1,225 @@
+"""What a run was like: clocks, counters and peaks put together into its report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from flexpipe.job.batcher import Batcher, StepCount
+from flexpipe.job.report import LaneUse, LinkUse, Report, ShareUse, TierUse
+from flexpipe.plan.hardware import peak_rss_bytes
+from flexpipe.plan.plan import Plan
+from flexpipe.plan.tier import Tier
+from flexpipe.runtime.device import Device
+from flexpipe.runtime.record import Recorder
+from flexpipe.runtime.stage import Stage
+from flexpipe.schedule.op import Kind, Lane
+from flexpipe.units import format_bytes
+
+BOUND_SHARE = 0.5  # of the time; a lane less busy than that bounds nothing
+DISK_BOUND_SHARE = 0.9  # of the bytes asked of the disk that the device itself must have read
+_LINK_KINDS: Mapping[str, tuple[Kind, ...]] = {
+    "h2d": (Kind.LOAD_WEIGHT, Kind.LOAD_EMBED, Kind.LOAD_CACHE, Kind.LOAD_HIDDEN),
+    "d2h": (Kind.STORE_CACHE, Kind.STORE_HIDDEN, Kind.FETCH_TOKENS),
+    "disk_read": (Kind.READ_WEIGHT, Kind.READ_EMBED, Kind.READ_CACHE, Kind.READ_HIDDEN),
+    "disk_write": (Kind.WRITE_CACHE, Kind.WRITE_HIDDEN),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """Seconds and bytes of the run; `physical_read_bytes` came from the device itself."""
+
+    load_s: float
+    began: float
+    run_s: float
+    physical_read_bytes: int | None
+    disk_bytes: int
+
+
+@dataclass(slots=True)
+class Tally:
+    """How requests ended and what they came to."""
+
+    num_requests: int = 0
+    num_earlier: int = 0  # done by an earlier run of the job
+    num_finished: int = 0
+    num_failed: int = 0
+    num_tokens: int = 0
+
+
+def report(
+    model: str,
+    plan: Plan,
+    device: Device,
+    stage: Stage,
+    batcher: Batcher,
+    recorder: Recorder,
+    tally: Tally,
+    measured: Measured,
+) -> Report:
+    """The figures of a finished run."""
+    prefill_s, decode_s, decoded = _phases(batcher.counts, measured.began)
+    return Report(
+        model=model,
+        device=device.name,
+        strategy=plan.policy.strategy,
+        num_requests=tally.num_requests,
+        num_earlier=tally.num_earlier,
+        num_finished=tally.num_finished,
+        num_failed=tally.num_failed,
+        load_s=measured.load_s,
+        prefill_s=prefill_s,
+        decode_s=decode_s,
+        total_s=measured.load_s + measured.run_s,
+        tail_s=_tail_s(batcher.counts),
+        useful_rows=_useful_rows(batcher.counts, plan),
+        prompt_tokens=sum(count.prompt_tokens for count in batcher.counts),
+        generated_tokens=tally.num_tokens,
+        decode_step_tokens=decoded,
+        links=_links(device, recorder),
+        lanes=_lanes(recorder, measured.run_s),
+        tiers=_tiers(plan, stage, measured.disk_bytes),
+        shares=_shares(plan),
+        policy=plan.policy.to_dict(),
+        notes=_notes(device, stage, measured),
+        bottleneck=_bottleneck(device, recorder, measured),
+    )
+
+
+def _tail_s(counts: Sequence[StepCount]) -> float:
+    """Seconds after the last request took its place: the drain, whose rows nobody replaces."""
+    ends = [count.end_s for count in counts if count.end_s]
+    steady = [count.end_s for count in counts if count.end_s and not count.is_tail]
+    return ends[-1] - steady[-1] if steady and ends else 0.0
+
+
+def _useful_rows(counts: Sequence[StepCount], plan: Plan) -> float:
+    """Share of the block's places that worked, over all steps."""
+    places = sum(mb.num_places for mb in plan.micro_batches)
+    steps = [count for count in counts if count.rows]
+    return sum(count.rows for count in steps) / (places * len(steps)) if steps else 0.0
+
+
+def _bottleneck(device: Device, recorder: Recorder, measured: Measured) -> str:
+    """One sentence: the lane that was busiest, and how busy."""
+    busy = {lane: recorder.lane_busy_s(lane) for lane in Lane}
+    lane = max(busy, key=lambda lane: busy[lane])
+    share = busy[lane] / measured.run_s if measured.run_s else 0.0
+    cached = _read_from_cache(device, measured)
+    what = "the disk" if lane in (Lane.READ_WEIGHT, Lane.READ_CACHE) else f"lane {lane.value}"
+    if lane in (Lane.READ_WEIGHT, Lane.READ_CACHE) and cached is not None:
+        what = "reading from a cache (not from the disk)"
+    if share < BOUND_SHARE:
+        return f"nothing was busy all the time; most of all {what}, {share:.0%}"
+    return f"{what} is the bottleneck: busy {share:.0%} of the time"
+
+
+def _read_from_cache(device: Device, measured: Measured) -> float | None:
+    """Share of the bytes asked of the disk that the device read, where that is too little."""
+    asked, physical = device.disk_read.num_bytes, measured.physical_read_bytes
+    if not asked or physical is None or physical >= DISK_BOUND_SHARE * asked:
+        return None
+    return physical / asked
+
+
+def _phases(counts: Sequence[StepCount], began: float) -> tuple[float, float, int]:
+    """Seconds of steps that prefill, seconds of steps that only decode, and the latters' tokens."""
+    prefill_s = decode_s = 0.0
+    decoded, last = 0, began
+    for count in counts:
+        if not count.prompt_tokens and not count.decode_tokens:
+            continue
+        seconds, last = count.end_s - last, count.end_s
+        if count.prompt_tokens:
+            prefill_s += seconds
+        else:
+            decode_s += seconds
+            decoded += count.decode_tokens
+    return prefill_s, decode_s, decoded
+
+
+def _links(device: Device, recorder: Recorder) -> list[LinkUse]:
+    uses = []
+    for link in device.links:
+        if not link.num_bytes:
+            continue
+        busy_s = sum(recorder.busy_s.get(kind, 0.0) for kind in _LINK_KINDS[link.name])
+        rate = link.num_bytes / busy_s if busy_s else 0.0
+        uses.append(LinkUse(name=link.name, bytes=link.num_bytes, busy_s=busy_s, bytes_per_s=rate))
+    return uses
+
+
+def _lanes(recorder: Recorder, run_s: float) -> list[LaneUse]:
+    uses = []
+    for lane in Lane:
+        num_ops, busy_s = recorder.lane_ops(lane), recorder.lane_busy_s(lane)
+        if num_ops:
+            share = busy_s / run_s if run_s else 0.0
+            uses.append(LaneUse(name=lane.value, num_ops=num_ops, busy_s=busy_s, busy_share=share))
+    return uses
+
+
+def _tiers(plan: Plan, stage: Stage, disk_bytes: int) -> list[TierUse]:
+    measured = {
+        Tier.GPU: stage.memory.peak_device_bytes(),
+        Tier.CPU: peak_rss_bytes() - stage.memory.emulated_bytes(plan.device_tier),
+        Tier.DISK: disk_bytes,
+    }
+    return [
+        TierUse(
+            tier=tier.value,
+            asked_bytes=plan.policy.budget(tier),
+            planned_bytes=plan.tier_bytes(tier),
+            measured_bytes=measured[tier],
+        )
+        for tier in Tier
+        if plan.tier_bytes(tier)
+    ]
+
+
+def _shares(plan: Plan) -> list[ShareUse]:
+    policy = plan.policy
+    by_kind: dict[str, dict[Tier, int]] = {
+        "weights": dict(plan.placement.achieved_bytes),
+        "kv_cache": dict.fromkeys(Tier, 0),
+        "hidden": dict.fromkeys(Tier, 0),
+    }
+    for mb in plan.micro_batches:
+        by_kind["hidden"][mb.hidden_home] += plan.hidden_bytes(mb)
+        for tier in Tier:
+            room = mb.region_tokens * plan.token_bytes * plan.config.num_layers
+            by_kind["kv_cache"][tier] += len(mb.places(tier)) * room
+    uses = []
+    for kind, given in by_kind.items():
+        shares = getattr(policy, kind)
+        for tier in Tier:
+            if shares.of(tier) or given[tier]:
+                achieved = given[tier] / max(1, sum(given.values()))
+                uses.append(
+                    ShareUse(
+                        kind=kind,
+                        tier=tier.value,
+                        asked=shares.of(tier),
+                        achieved=achieved,
+                        bytes=given[tier],
+                    )
+                )
+    return uses
+
+
+def _notes(device: Device, stage: Stage, measured: Measured) -> list[str]:
+    notes = []
+    copies = device.synchronous
+    if copies.num_copies:
+        notes.append(
+            f"{copies.num_copies} copies ({format_bytes(copies.num_bytes)}) were synchronous: "
+            f"{format_bytes(stage.memory.unpinned_bytes)} of host memory could not be page-locked"
+        )
+    read = _read_from_cache(device, measured)
+    if read is not None:
+        notes.append(
+            f"the device read {read:.0%} of the bytes asked of the disk; the rest came from a "
+            "cache, so this run says nothing about the disk"
+        )
+    return notes

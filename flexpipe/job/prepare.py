@@ -1,0 +1,164 @@
+"""Everything before a byte of weights moves: device, model, input, the checked plan.
+
+A request that alone keeps the plan from fitting is refused by itself; a plan that does not fit even
+then is refused with the shortfall and what would fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from flexpipe.job.batcher import Entry
+from flexpipe.job.request import BadLine
+from flexpipe.job.spec import JobSpec
+from flexpipe.job.tokenizer import Tokenizer
+from flexpipe.memory.checkpoint import Checkpoint
+from flexpipe.memory.offload import OffloadDirectory
+from flexpipe.memory.source import open_checkpoint
+from flexpipe.model.config import ModelConfig
+from flexpipe.model.families import read_config
+from flexpipe.plan.hardware import free_disk, free_memory, rss_bytes
+from flexpipe.plan.placement import Stored, model_tensors
+from flexpipe.plan.plan import Budgets, Plan, Planner, check_fits
+from flexpipe.plan.policy import Policy
+from flexpipe.plan.rule import advice, choose_plan
+from flexpipe.plan.tier import Tier
+from flexpipe.runtime.device import Device, open_device
+from flexpipe.units import GIB, MIB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What to run and on what: nothing of it depends on the input."""
+
+    device: Device
+    checkpoint: Checkpoint
+    config: ModelConfig
+    tokenizer: Tokenizer
+    eos_token_ids: frozenset[int]
+    compute_dtype: str
+    stored: Mapping[str, Stored]
+
+    @classmethod
+    def open(cls, spec: JobSpec, offload: OffloadDirectory, *, needs_text: bool) -> Model:
+        """Read the checkpoint's headers; `needs_text` says whether there are prompts to encode."""
+        device = open_device(spec.device, spec.emulation)
+        Policy(**spec.given).check_device(device.name)
+        checkpoint = open_checkpoint(
+            spec.model,
+            load_format=spec.load_format,
+            seed=spec.seed,
+            cache_dir=offload.cache,
+            revision=spec.revision,
+        )
+        config = read_config(checkpoint.config)
+        tokenizer = Tokenizer.open(
+            checkpoint.directory,
+            config.vocab_size,
+            bytes_if_missing=spec.load_format == "dummy" or not needs_text,
+        )
+        return cls(
+            device=device,
+            checkpoint=checkpoint,
+            config=config,
+            tokenizer=tokenizer,
+            eos_token_ids=frozenset(_eos_token_ids(checkpoint, config, tokenizer)),
+            compute_dtype=_compute_dtype(spec.given.get("compute_dtype", "auto"), device, config),
+            stored={
+                tensor.name: checkpoint.require(tensor.name, tensor.shape)
+                for tensor in model_tensors(config)
+            },
+        )
+
+
+def plan_job(
+    spec: JobSpec, model: Model, entries: Sequence[Entry], offload: Path
+) -> tuple[Plan, list[Entry], list[BadLine]]:
+    """A plan that fits, the requests it serves, and those that do not fit even alone."""
+    limits = _budgets(spec, model.device, offload)
+
+    def make(served: Sequence[Entry]) -> tuple[Plan, Planner]:
+        planner = Planner(
+            model.config,
+            [entry.need for entry in served],
+            model.stored,
+            limits,
+            device_tier=model.device.tier,
+            compute_dtype=model.compute_dtype,
+        )
+        return choose_plan(spec.given, planner, model.device.tier, len(served)), planner
+
+    kept, refused = list(entries), list[BadLine]()
+    plan, planner = make(kept)
+    if plan.shortfalls():
+        by_need = sorted(entries, key=lambda entry: entry.need.total)
+        fits = _most(len(by_need), lambda count: not make([by_need[count - 1]])[0].shortfalls())
+        if 0 < fits < len(by_need):
+            refused = [_too_long(entry, by_need[fits - 1]) for entry in by_need[fits:]]
+            without = {line.index for line in refused}
+            kept = [entry for entry in entries if entry.index not in without]
+            plan, planner = make(kept)
+    if plan.shortfalls():
+        check_fits(plan, advice(spec.given, planner, model.device.tier, len(kept)))
+    return plan, kept, refused
+
+
+def _most(count: int, holds: Callable[[int], bool]) -> int:
+    """The largest number up to `count` for which `holds`, which holds up to some number; else 0."""
+    low, high = 0, count
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low
+
+
+def _too_long(entry: Entry, longest: Entry) -> BadLine:
+    reason = (
+        f"its KV cache of {entry.need.total} tokens does not fit the budgets even alone (the "
+        f"longest request that does has {longest.need.total}); raise them, lower max_tokens, or "
+        "give the KV cache a slower tier"
+    )
+    return BadLine(index=entry.index, id=entry.id, reason=reason, offset=entry.offset)
+
+
+def _eos_token_ids(
+    checkpoint: Checkpoint, config: ModelConfig, tokenizer: Tokenizer
+) -> tuple[int, ...]:
+    """Where a prompt's answer ends: generation_config, else config, else the tokenizer."""
+    given = checkpoint.generation_config.get("eos_token_id")
+    if given is not None:
+        return tuple(given) if isinstance(given, list) else (int(given),)
+    return config.eos_token_ids or tokenizer.eos_token_ids
+
+
+def _compute_dtype(asked: str, device: Device, config: ModelConfig) -> str:
+    """The dtype layers compute in; "auto" is float32 on CPUs, the checkpoint's on accelerators."""
+    if asked != "auto":
+        return asked
+    return config.dtype if device.has_streams else "float32"
+
+
+def _budgets(spec: JobSpec, device: Device, offload: Path) -> Budgets:
+    """What each tier may spend: what is free less a margin, or less where the user says so."""
+    overhead = rss_bytes()
+    host = free_memory() + overhead
+    cpu = _least(host - host // 50 - 64 * MIB, spec.given.get("cpu_mem"))
+    gpu = 0
+    if device.has_streams:
+        free = torch.accelerator.get_memory_info(device.torch_device)[0]
+        gpu = _least(free - free // 20 - 256 * MIB, spec.given.get("gpu_mem"))
+    elif device.tier == Tier.GPU:
+        assert spec.emulation is not None
+        asked = spec.given.get("gpu_mem") or spec.emulation.memory_bytes or cpu // 2
+        gpu = min(asked, cpu - overhead)
+        cpu = _least(min(cpu, host - host // 50 - 64 * MIB - gpu), spec.given.get("cpu_mem"))
+    disk = _least(max(0, free_disk(offload) - GIB), spec.given.get("disk_mem"))
+    return Budgets(gpu=gpu, cpu=cpu, disk=disk, overhead=overhead)
+
+
+def _least(free: int, asked: int | None) -> int:
+    return free if asked is None else min(free, asked)
