@@ -58,7 +58,9 @@ _FILE = click.Path(path_type=Path)
     default="auto",
     help="dummy takes random weights instead of the checkpoint's.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of samples and of dummy weights.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, help="Seed of samples and of dummy weights."
+)
 @machine_options
 @policy_options
 def run(as_json: bool, **options: Any) -> None:

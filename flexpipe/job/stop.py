@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 
 # characters that later tokens may still take back: bytes shown one by one that become one character
 _UNSETTLED_CHARS = 16
+_NO_TEXT = "�"  # what decoders put where bytes are no text
+_MOST_UNSETTLED = 1024  # tokens; an answer of nothing but such bytes must not cost more and more
 _REPEATS = 4  # bytes of the longest character
 
 
@@ -49,11 +51,14 @@ class TextTail:
         """Forget the older half, if what is left reads as before.
 
         It does not if the cut goes through a character, so a few places are tried; without one the
-        next try waits until there are twice as many tokens.
+        next try waits until there are twice as many tokens. Bytes that are no text stay: they may
+        be what keeps those after them from being any.
         """
         half = len(self._ids) // 2
         for start in range(half, min(half + 2 * _REPEATS, len(self._ids))):
             text = self._decode(self._ids[start:])
+            if text.startswith(_NO_TEXT) and len(self._ids) < _MOST_UNSETTLED:
+                continue
             if len(text) >= self._num_chars and self._text.endswith(text):
                 self._ids, self._text, self._trim_at = self._ids[start:], text, 0
                 return

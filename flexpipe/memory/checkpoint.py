@@ -332,7 +332,6 @@ def _sample(path: Path, extents: list[tuple[int, int]]) -> bytes:
             for offset, num_bytes in extents:
                 start = offset + max(0, num_bytes - _SAMPLE_BYTES) // 2
                 digest.update(os.pread(fd, min(num_bytes, _SAMPLE_BYTES), start))
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(fd)
     return digest.digest()

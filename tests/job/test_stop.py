@@ -89,6 +89,7 @@ def answers(draw: st.DrawFn) -> tuple[str, list[int], list[str]]:
 @given(answers())
 @example(("llama", [3 + byte for byte in "日本".encode()] * 30 + [3 + 255] * 9, ["本日"]))
 @example(("bytes", [255] * 500 + list(b"stop"), ["stop"]))
+@example(("llama", [3 + byte for byte in b"\x80" + "a©ⴰ".encode() * 9 + b"a"], ["a"]))
 def test_answer_ends_with_the_token_that_completes_a_stop_string(
     case: tuple[str, list[int], list[str]],
 ) -> None:
@@ -133,4 +134,5 @@ def test_cost_of_a_token_does_not_grow_with_the_answer(name: str, ids: list[int]
     num_tokens = 4000
     for count in range(num_tokens):
         assert not tail.push(ids[count % len(ids)])
-    assert num_decoded / num_tokens < 300
+    is_text = "�" not in DECODERS[name](ids)
+    assert num_decoded / num_tokens < (300 if is_text else 3000)

@@ -277,8 +277,8 @@ def test_results_that_find_no_room_are_one_line_and_exit_code_5(
     )
     line = last_line(done.stderr)
     assert done.returncode == 5, done.stderr
-    assert line.startswith("flexpipe: error: commit of head") and "No space left" in line
-    assert "request 1" in line and "Traceback" not in done.stderr
+    assert line.startswith("flexpipe: error: cannot write") and "No space left" in line
+    assert "run the same command again" in line and "Traceback" not in done.stderr
 
 
 def test_an_offload_directory_too_small_is_refused_before_anything_is_loaded(
@@ -300,7 +300,7 @@ def test_an_offload_directory_too_small_is_refused_before_anything_is_loaded(
 def test_space_that_others_took_since_the_plan_is_one_clear_error(
     runner: Runner, tiny_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flexpipe.job.run.free_disk", lambda path: 1 << 40)
+    monkeypatch.setattr("flexpipe.job.prepare.free_disk", lambda path: 1 << 40)
     (runner.folder / "offload").symlink_to(tiny_disk)
     with pytest.raises(RunError, match=r"the disk of .* is full: .* wanted, .* free\. Free some"):
         runner(
