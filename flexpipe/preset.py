@@ -6,6 +6,7 @@ its `presets` folder. Presets are looked up by bare name, in whatever case it wa
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +36,12 @@ def find_preset(kind: Literal["models", ""], name: str) -> Path:
     error: type[FlexpipeError] = ModelError if kind == "models" else PolicyError
     what = "model shape" if kind == "models" else "policy"
     raise error(f"no {what} preset is called {name!r}. Known presets: {known}.")
+
+
+def policy_file(name: str) -> Path:
+    """A file of that name if there is one, or if it is spelled as a path; else the preset."""
+    path = Path(name)
+    return path if path.is_file() or os.sep in name else find_preset("", name)
 
 
 def _presets(kind: str) -> dict[str, Path]:

@@ -18,6 +18,7 @@ from typing import NoReturn
 import click
 
 from flexpipe import __version__
+from flexpipe.cli.bench import bench
 from flexpipe.cli.demo import demo
 from flexpipe.cli.run import run
 from flexpipe.errors import FlexpipeError
@@ -40,6 +41,7 @@ def cli(debug: bool) -> None:
 
 cli.add_command(run)
 cli.add_command(demo)
+cli.add_command(bench)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

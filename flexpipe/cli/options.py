@@ -8,7 +8,6 @@ rule can fill it in.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from flexpipe.plan.policy import (
     percent_shares,
     read_policy_file,
 )
-from flexpipe.preset import find_preset
+from flexpipe.preset import policy_file
 from flexpipe.units import parse_bytes
 
 Command = Callable[..., None]
@@ -114,12 +113,6 @@ def given_knobs(
     if percent is not None:
         given |= percent_shares(percent)
     return given | {field: value for field, value in knobs.items() if value is not None}
-
-
-def policy_file(name: str) -> Path:
-    """A file of that name if there is one, or if it is spelled as a path; else the preset."""
-    path = Path(name)
-    return path if path.is_file() or os.sep in name else find_preset("", name)
 
 
 _MACHINE_OPTIONS = (

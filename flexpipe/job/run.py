@@ -59,6 +59,7 @@ class Probes:
     on_stage: Callable[[Stage], None] | None = None
     on_recorder: Callable[[Recorder], None] | None = None
     journal_calls: SystemCalls | None = None
+    on_admit: Callable[[Admitted], Admitted] = lambda request: request
 
 
 def run_job(spec: JobSpec, probes: Probes | None = None) -> Report:
@@ -140,40 +141,59 @@ class _Job:
 
 
 def _run(job: _Job, offload: OffloadDirectory, probes: Probes) -> Report:
-    spec, device = job.spec, job.model.device
-    tokenizer, eos = job.model.tokenizer, job.model.eos_token_ids
-    intake = Intake(file=job.file, tokenizer=tokenizer, config=job.model.config, eos_token_ids=eos)
+    """Take in the input, plan, and compute what is left to do."""
+    spec, model = job.spec, job.model
+    intake = Intake(
+        file=job.file,
+        tokenizer=model.tokenizer,
+        config=model.config,
+        eos_token_ids=model.eos_token_ids,
+    )
     with ExitStack() as stack:
         writer = stack.enter_context(_writer(job))
-        outcome = _Outcome(tokenizer, writer, job.journal)
+        outcome = _Outcome(model.tokenizer, writer, job.journal)
         outcome.tally.num_failed = job.done.num_failed + len(job.done.lines)
         entries = _take_in(job, intake, outcome)
         if not entries:
             return _nothing_to_do(job, outcome)
-        plan, entries, refused = plan_job(spec, job.model, entries, offload.path)
+        plan, entries, refused = plan_job(spec, model, entries, offload.path)
         for line in refused:
             outcome.reject(line, spec.fail_fast)
-        tally = outcome.tally
-        progress = stack.enter_context(
-            Progress(tally.num_requests, tally.num_requests - len(entries), enabled=spec.progress)
+        total = outcome.tally.num_requests
+        outcome.progress = stack.enter_context(
+            Progress(total, total - len(entries), enabled=spec.progress)
         )
-        outcome.progress = progress
-        recorder = Recorder(keep_spans=probes.keep_spans or spec.trace_path is not None)
-        if probes.on_recorder is not None:
-            probes.on_recorder(recorder)
         unfinished = job.journal.unfinished if job.journal is not None else {}
 
         def admit(entry: Entry) -> Admitted:
-            return intake.admit(entry, unfinished.get(entry.index, ()))
+            return probes.on_admit(intake.admit(entry, unfinished.get(entry.index, ())))
 
         batcher = Batcher(plan, entries, admit, outcome.finish, outcome.go_on)
+        return _compute(job, plan, batcher, outcome, offload, probes)
+
+
+def _compute(
+    job: _Job,
+    plan: Plan,
+    batcher: Batcher,
+    outcome: _Outcome,
+    offload: OffloadDirectory,
+    probes: Probes,
+) -> Report:
+    """Take the pools, load, run the batcher's steps to the end."""
+    spec, device = job.spec, job.model.device
+    assert outcome.progress is not None
+    recorder = Recorder(keep_spans=probes.keep_spans or spec.trace_path is not None)
+    if probes.on_recorder is not None:
+        probes.on_recorder(recorder)
+    with ExitStack() as stack:
         files = {
             name: stack.enter_context(_reserved(offload.job / f"{name}.bin", num_bytes, device))
             for name, num_bytes in _disk_bytes(plan).items()
         }
         reset_peak_rss()
         start = time.perf_counter()
-        progress.phase("loading")
+        outcome.progress.phase("loading")
         stage = Stage(
             plan,
             device,
@@ -190,23 +210,22 @@ def _run(job: _Job, offload: OffloadDirectory, probes: Probes) -> Report:
             probes.on_stage(stage)
         read_before = physical_bytes_read()
         began = time.perf_counter()
-        progress.phase("running")
+        outcome.progress.phase("running")
         execute(plan, device, stage, batcher.steps, recorder, change_ops=probes.change_ops)
         run_s = time.perf_counter() - began
         read_after = physical_bytes_read()
         disk_bytes = sum(file.allocated_bytes for file in files.values())
     if spec.trace_path is not None:
         write_trace(spec.trace_path, recorder.spans, plan)
+    known = read_before is not None and read_after is not None
     measured = Measured(
         load_s=load_s,
         began=began,
         run_s=run_s,
-        physical_read_bytes=None
-        if read_before is None or read_after is None
-        else read_after - read_before,
+        physical_read_bytes=(read_after or 0) - (read_before or 0) if known else None,
         disk_bytes=disk_bytes,
     )
-    return report(spec.model, plan, device, stage, batcher, recorder, tally, measured)
+    return report(spec.model, plan, device, stage, batcher, recorder, outcome.tally, measured)
 
 
 def _writer(job: _Job) -> ResultWriter:

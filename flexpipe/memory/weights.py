@@ -18,9 +18,10 @@ from flexpipe.memory.disk import DiskReader, aligned_buffer
 from flexpipe.memory.tier import POISON, TierMemory, torch_dtype, typed
 from flexpipe.model.config import DTYPE_BYTES
 from flexpipe.model.segments import EmbedWeights, HeadWeights, LayerWeights
+from flexpipe.plan.layer import LayerKind, LayerPlan
 from flexpipe.plan.layout import PACK_ALIGN, Part, round_up
 from flexpipe.plan.placement import PlacedTensor
-from flexpipe.plan.plan import LayerKind, LayerPlan, Plan
+from flexpipe.plan.plan import Plan
 from flexpipe.plan.tier import Tier
 
 _CHUNK_BYTES = 32 * 2**20  # bytes read at a time while loading

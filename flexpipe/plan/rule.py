@@ -9,7 +9,7 @@ claims no optimum.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -37,8 +37,18 @@ class _Choice:
 def choose_plan(given: Mapping[str, Any], make: MakePlan, device_tier: Tier, num_rows: int) -> Plan:
     """The best plan the rule finds that keeps `given`; if none fits, the most modest one.
 
-    `make` resolves a policy into a plan, or raises PolicyError.
+    `make` resolves a policy into a plan, or raises PolicyError. Layers are only cut in halves where
+    nothing fits otherwise: their slots are smaller, and their ops are twice as many.
     """
+    plan = _choose(given, make, device_tier, num_rows)
+    if not plan.shortfalls() or "separate_layers" in given:
+        return plan
+    if make(replace(plan.policy, separate_layers=True)).shortfalls():
+        return plan
+    return _choose({**given, "separate_layers": True}, make, device_tier, num_rows)
+
+
+def _choose(given: Mapping[str, Any], make: MakePlan, device_tier: Tier, num_rows: int) -> Plan:
     best: _Choice | None = None
     modest: Plan | None = None
     refusal: PolicyError | None = None
@@ -77,7 +87,9 @@ def advice(given: Mapping[str, Any], make: MakePlan, device_tier: Tier, num_rows
         except PolicyError:
             continue
         if not plan.shortfalls():
-            return f"This would fit: {_spelled(plan.policy, freed)}."
+            halved = plan.policy.separate_layers and "separate_layers" not in given
+            words = _spelled(plan.policy, freed) + (" --sep-layer" if halved else "")
+            return f"This would fit: {words}."
     return "Nothing smaller would fit either; raise the budgets, or use a machine with more memory."
 
 

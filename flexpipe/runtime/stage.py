@@ -29,7 +29,8 @@ from flexpipe.model.batch import Batch, RopeTable, RowSpan
 from flexpipe.model.cost import decoder_flops, head_flops, mlp_flops, num_attended
 from flexpipe.model.sampling import choose
 from flexpipe.model.workspace import Workspace
-from flexpipe.plan.plan import LayerKind, LayerPlan, Plan, PoolPlan
+from flexpipe.plan.layer import LayerKind, LayerPlan
+from flexpipe.plan.plan import Plan, PoolPlan
 from flexpipe.plan.tier import Tier
 from flexpipe.runtime.device import Device
 from flexpipe.schedule.op import Kind, Op

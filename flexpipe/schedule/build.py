@@ -15,13 +15,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from flexpipe.plan.layer import LayerKind, LayerPlan
 from flexpipe.plan.plan import (
     NUM_EMBED_SLOTS,
     NUM_HIDDEN_SLOTS,
     NUM_KV_SLOTS,
     NUM_STAGES,
-    LayerKind,
-    LayerPlan,
     Plan,
 )
 from flexpipe.plan.tier import Tier

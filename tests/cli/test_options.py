@@ -9,11 +9,12 @@ from typing import Any
 import click
 import pytest
 
-from flexpipe.cli import options
+from flexpipe.cli.bench import bench
 from flexpipe.cli.demo import demo
 from flexpipe.cli.run import run
 from flexpipe.plan.hardware import Emulation
 from flexpipe.plan.policy import OPTION_NAMES, Policy, Shares
+from flexpipe.preset import policy_file
 from flexpipe.units import GIB
 from tests.cli.conftest import FakeJob
 
@@ -43,7 +44,7 @@ def refused(
     return call
 
 
-@pytest.mark.parametrize("command", [run, demo])
+@pytest.mark.parametrize("command", [run, demo, bench])
 def test_every_knob_of_the_table_is_an_option(command: click.Command) -> None:
     spelled = {name for option in command.params for name in option.opts}
     assert set(OPTION_NAMES.values()) <= spelled
@@ -166,11 +167,11 @@ def test_a_file_wins_over_a_preset_of_its_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").write_text(FILE)
-    assert options.policy_file("mine") == Path("mine")
+    assert policy_file("mine") == Path("mine")
 
 
 def test_readme_names_every_option_and_field(repo: Path) -> None:
     readme = (repo / "README.md").read_text(encoding="utf-8")
-    spelled = {option.opts[-1] for option in run.params}
+    spelled = {option.opts[-1] for option in (*run.params, *bench.params)}
     assert {name for name in spelled if name not in readme} == set()
     assert {name for name in OPTION_NAMES if f"`{name}`" not in readme} == set()

@@ -1,0 +1,148 @@
+"""The layers of a stage: what each computes, which of its tensors rest, which travel.
+
+A layer is what one load of weights serves: the embedding, a decoder layer or its halves, the head
+or a slice of its vocabulary. A head that rests elsewhere comes in slices, each no larger than the
+largest other load, so that one size of slot serves all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from flexpipe.model.config import (
+    ModelConfig,
+    attention_tensors,
+    embed_tensors,
+    head_tensors,
+    mlp_tensors,
+)
+from flexpipe.plan.layout import Part, SlotLayout, slot_layout
+from flexpipe.plan.placement import Placement, is_shared
+from flexpipe.plan.policy import Policy
+from flexpipe.plan.tier import Tier
+
+
+class LayerKind(StrEnum):
+    """What a layer of the stage computes."""
+
+    EMBED = "embed"
+    DECODER = "decoder"
+    ATTENTION = "attention"
+    MLP = "mlp"
+    HEAD = "head"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerPlan:
+    """One layer of the stage: its parts, and how those that travel lie in a slot.
+
+    `layer` is the decoder layer it belongs to. The head may come in slices of the vocabulary:
+    `vocab` is the range [start, stop) this one computes.
+    """
+
+    position: int
+    kind: LayerKind
+    resident: tuple[Part, ...]
+    streamed: SlotLayout
+    layer: int | None = None
+    vocab: tuple[int, int] | None = None
+
+    @property
+    def name(self) -> str:
+        if self.kind == LayerKind.HEAD and self.vocab is not None:
+            return f"head [{self.vocab[0]}:{self.vocab[1]}]"
+        if self.layer is None:
+            return self.kind.value
+        half = "" if self.kind == LayerKind.DECODER else f" {self.kind.value}"
+        return f"decoder {self.layer}{half}"
+
+    @property
+    def has_kv_cache(self) -> bool:
+        return self.kind in (LayerKind.DECODER, LayerKind.ATTENTION)
+
+    @property
+    def reads_disk(self) -> bool:
+        return bool(self.streamed.extents)
+
+    @property
+    def is_streamed(self) -> bool:
+        return bool(self.streamed.parts)
+
+    @property
+    def takes_hidden(self) -> bool:
+        """Whether it needs the hidden of the layer before (all but the first and later heads)."""
+        if self.kind == LayerKind.HEAD:
+            return self.vocab is not None and self.vocab[0] == 0
+        return self.kind != LayerKind.EMBED
+
+    @property
+    def leaves_hidden(self) -> bool:
+        return self.kind != LayerKind.HEAD
+
+
+def stage_layers(
+    config: ModelConfig, policy: Policy, placement: Placement, device_tier: Tier
+) -> tuple[LayerPlan, ...]:
+    """The layers of a stage that holds the whole model, in order."""
+    layers: list[LayerPlan] = []
+
+    def add(kind: LayerKind, parts: Sequence[Part], **where: object) -> None:
+        resident = tuple(part for part in parts if part.tensor.home == device_tier)
+        streamed = slot_layout([part for part in parts if part.tensor.home != device_tier])
+        layers.append(
+            LayerPlan(
+                position=len(layers),
+                kind=kind,
+                resident=resident,
+                streamed=streamed,
+                **where,  # type: ignore[arg-type]
+            )
+        )
+
+    embed = [
+        Part(placement.tensors[spec.name])
+        for spec in embed_tensors(config)
+        # rows of an embedding elsewhere are fetched, not streamed as a layer
+        if spec.role != "embed_tokens" or placement.tensors[spec.name].home == device_tier
+    ]
+    add(LayerKind.EMBED, embed)
+    for layer in range(config.num_layers):
+        attention = [Part(placement.tensors[s.name]) for s in attention_tensors(config, layer)]
+        mlp = [Part(placement.tensors[s.name]) for s in mlp_tensors(config, layer)]
+        if policy.separate_layers:
+            add(LayerKind.ATTENTION, attention, layer=layer)
+            add(LayerKind.MLP, mlp, layer=layer)
+        else:
+            add(LayerKind.DECODER, [*attention, *mlp], layer=layer)
+    for vocab, parts in _head_slices(config, placement, device_tier, layers):
+        add(LayerKind.HEAD, parts, vocab=vocab)
+    return tuple(layers)
+
+
+def _head_slices(
+    config: ModelConfig, placement: Placement, device_tier: Tier, layers: Sequence[LayerPlan]
+) -> list[tuple[tuple[int, int], list[Part]]]:
+    """The head in slices no larger than the largest streamed layer; whole where it is at home."""
+    specs = head_tensors(config)
+    head = placement.tensors[specs[-1].name]
+    first = [Part(placement.tensors[spec.name]) for spec in specs[:-1]]
+    vocab = config.vocab_size
+    if head.home == device_tier:
+        return [((0, vocab), [*first, Part(head)])]
+    # what the vocabulary meets does not count: an embedding elsewhere is fetched row by row
+    largest_matrix = max(
+        placed.num_bytes
+        for placed in placement.tensors.values()
+        if is_shared(placed.spec) and placed.spec.role not in ("embed_tokens", "lm_head")
+    )
+    room = max(largest_matrix, *(layer.streamed.num_bytes for layer in layers))
+    num_slices = -(-head.num_bytes // room)
+    rows = -(-vocab // num_slices)
+    starts = range(0, vocab, rows)
+    slices = []
+    for start in starts:
+        stop = min(start + rows, vocab)
+        slices.append(((start, stop), [*(first if start == 0 else ()), Part(head, start, stop)]))
+    return slices
