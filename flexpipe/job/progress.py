@@ -9,15 +9,16 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from tqdm import tqdm
+
+from flexpipe.closing import Closing
 
 INTERVAL_S = 10.0
 
 
-class Progress:
+class Progress(Closing):
     """Requests done, the phase, and useful tokens per second; threads may share it."""
 
     def __init__(self, total: int, done: int, *, enabled: bool) -> None:
@@ -64,17 +65,6 @@ class Progress:
 
     def close(self) -> None:
         self._bar.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _rate(self) -> float:
         return self._num_tokens / max(1e-9, time.perf_counter() - self._start_s)

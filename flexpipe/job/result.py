@@ -13,9 +13,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Literal, Self, get_args
+from typing import Any, BinaryIO, Literal, get_args
 
+from flexpipe.closing import Closing
 from flexpipe.errors import InputError, RunError
 from flexpipe.job.request import BadLine, Line, Request, id_digest, read_lines
 from flexpipe.units import MIB
@@ -180,7 +180,7 @@ def check_output(path: Path, overwrite: bool, mode: Literal["new", "append"] = "
         raise InputError(f"--output-file {path} cannot be written: permission denied")
 
 
-class ResultWriter:
+class ResultWriter(Closing):
     """Appends results to a new file, to one it empties (`overwrite`), or to an earlier job's.
 
     In mode "append" all behind the first `keep_bytes` is cut off first; None keeps everything.
@@ -241,14 +241,3 @@ class ResultWriter:
             os.close(fd)
         except OSError as error:
             raise RunError(f"cannot finish {self._path}: {error.strerror}") from error
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

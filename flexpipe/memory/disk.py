@@ -35,12 +35,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Literal, Protocol, Self, TypeAlias, TypeVar
+from typing import Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from flexpipe.closing import Closing
 from flexpipe.errors import RunError
 from flexpipe.memory.offload import OffloadDirectory as OffloadDirectory
 from flexpipe.units import format_bytes
@@ -165,7 +165,7 @@ class _Extent:
         return end == self.offset + self.num_bytes
 
 
-class DiskFile:
+class DiskFile(Closing):
     """One file on the disk tier; reads and writes may come from several threads at once."""
 
     def __init__(
@@ -313,17 +313,6 @@ class DiskFile:
         if fd >= 0:
             os.close(fd)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     @contextlib.contextmanager
     def _timed_read(self, num_bytes: int) -> Iterator[None]:
         start_s = time.perf_counter()
@@ -398,7 +387,7 @@ class DiskFile:
             os.posix_fadvise(self._fd, first, last - first, os.POSIX_FADV_DONTNEED)
 
 
-class DiskReader:
+class DiskReader(Closing):
     """The files of a checkpoint, opened as they are needed, under one counter and stop flag."""
 
     def __init__(self, *, counter: DiskCounter | None = None, stop: StopFlag | None = None) -> None:
@@ -418,17 +407,6 @@ class DiskReader:
         with self._lock:
             while self._files:
                 self._files.popitem()[1].close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def check_free_bytes(path: Path, num_bytes: int) -> None:

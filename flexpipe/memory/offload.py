@@ -17,16 +17,15 @@ import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
+from flexpipe.closing import Closing
 from flexpipe.errors import InputError
 from flexpipe.units import format_bytes
 
 log = logging.getLogger("flexpipe")
 
 
-class OffloadDirectory:
+class OffloadDirectory(Closing):
     """A job's own folder `job` and the shared folder `cache` under one path."""
 
     def __init__(self, path: str | Path) -> None:
@@ -54,17 +53,6 @@ class OffloadDirectory:
         if fd >= 0:
             shutil.rmtree(self.job, ignore_errors=True)
             os.close(fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 @contextlib.contextmanager
