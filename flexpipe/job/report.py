@@ -57,7 +57,11 @@ class ShareUse:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """One finished job. Prefill and decode times are apart and lie within `total_s`."""
+    """One finished job. Prefill and decode times are apart and lie within `total_s`.
+
+    `tail_s` is the time after the last request took its place, `useful_rows` the share of places
+    that worked over all steps, `num_earlier` the requests that an earlier run of the job did.
+    """
 
     model: str
     device: str
@@ -110,7 +114,8 @@ class Report:
         parts = [
             f"{self.model} on {self.device}, overlap {self.strategy}: "
             f"{self.num_finished} of {self.num_requests} requests finished"
-            + (f", {self.num_failed} failed" if self.num_failed else ""),
+            + (f", {self.num_failed} failed" if self.num_failed else "")
+            + (f", {self.num_earlier} done by an earlier run" if self.num_earlier else ""),
             _table(("time", "seconds", "tokens", "tokens/s"), self._times()),
             _table(("peak memory", "asked", "planned", "measured"), map(_tier_row, self.tiers)),
             _table(
@@ -118,6 +123,9 @@ class Report:
             ),
             _table(("link", "moved", "busy s", "rate"), map(_link_row, self.links)),
             _table(("lane", "ops", "busy s", "busy"), map(_lane_row, self.lanes)),
+            f"{self.bottleneck}; {self.useful_rows:.0%} of the places worked"
+            if self.bottleneck
+            else "",
             "\n".join(f"note: {note}" for note in self.notes),
         ]
         return "\n\n".join(part for part in parts if part)
@@ -128,6 +136,7 @@ class Report:
             ("load", f"{self.load_s:.2f}", "", ""),
             ("prefill", f"{self.prefill_s:.2f}", *_tokens(self.prompt_tokens, self.prefill_s)),
             ("decode", f"{self.decode_s:.2f}", *_tokens(decoded, self.decode_s)),
+            ("of it tail", f"{self.tail_s:.2f}", "", ""),
             ("total", f"{self.total_s:.2f}", *_tokens(self.generated_tokens, self.total_s)),
         ]
 
