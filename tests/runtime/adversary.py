@@ -50,7 +50,7 @@ class OpLog:
 class Adversary:
     """Drops all edges of kind `why` and turns `num_pairs` of the pairs around."""
 
-    def __init__(self, why: str, pairs: Sequence[Pair], seed: int, num_pairs: int = 4) -> None:
+    def __init__(self, why: str, pairs: Sequence[Pair], seed: int, num_pairs: int = 8) -> None:
         self._why = why
         self.drops = True
         chosen = random.Random(seed).sample(pairs, min(num_pairs, len(pairs)))
