@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
-from flexpipe.cli.options import Command, machine_options, policy_options
+from flexpipe.cli.options import Command, machine_options, model_options, policy_options
 from flexpipe.job.bench import FORMATS, Format, Workload, measure
-from flexpipe.job.spec import LOAD_FORMATS, JobSpec
+from flexpipe.job.spec import JobSpec
 from flexpipe.plan.policy import Policy
 
 _DEFAULTS = {name: item.default for name, item in Workload.__dataclass_fields__.items()}
@@ -28,17 +28,7 @@ def _count(field: str, help: str, least: int = 1) -> Callable[[Command], Command
 
 
 @click.command()
-@click.option("--model", required=True, help="A checkpoint's directory, or its name on the hub.")
-@click.option("--revision", help="Branch, tag or commit of a hub model.")
-@click.option(
-    "--load-format",
-    type=click.Choice(LOAD_FORMATS),
-    default="auto",
-    help="dummy takes random weights instead of the checkpoint's.",
-)
-@click.option(
-    "--seed", type=click.IntRange(min=0), default=0, help="Seed of prompts and of dummy weights."
-)
+@model_options
 @_count("prompt_len", "Tokens of each prompt.")
 @_count("gen_len", "Tokens to generate for each prompt; end tokens are ignored.")
 @click.option(

@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from flexpipe.errors import FlexpipeError
-from flexpipe.job.spec import TRACE_SUFFIXES
+from flexpipe.job.spec import LOAD_FORMATS, TRACE_SUFFIXES
 from flexpipe.plan.hardware import Emulation
 from flexpipe.plan.policy import (
     COMPUTE_DTYPES,
@@ -113,6 +113,29 @@ def given_knobs(
     if percent is not None:
         given |= percent_shares(percent)
     return given | {field: value for field, value in knobs.items() if value is not None}
+
+
+_MODEL_OPTIONS = (
+    click.option("--model", required=True, help="A checkpoint's directory, or its hub name."),
+    click.option("--revision", help="Branch, tag or commit of a hub model."),
+    click.option(
+        "--load-format",
+        type=click.Choice(LOAD_FORMATS),
+        default="auto",
+        help="dummy takes random weights instead of the checkpoint's.",
+    ),
+    click.option(
+        "--seed",
+        type=click.IntRange(min=0),
+        default=0,
+        help="Seed of samples, of synthetic prompts and of dummy weights.",
+    ),
+)
+
+
+def model_options(command: Command) -> Command:
+    """Add which model to run: model, revision, load_format, seed."""
+    return _decorated(command, _MODEL_OPTIONS)
 
 
 _MACHINE_OPTIONS = (

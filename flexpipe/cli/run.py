@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from flexpipe.cli.options import machine_options, policy_options
-from flexpipe.job.spec import LOAD_FORMATS, JobSpec
+from flexpipe.cli.options import machine_options, model_options, policy_options
+from flexpipe.job.spec import JobSpec
 
 REQUESTS_FAILED = 6  # exit code: the run is complete, but some records hold an error
 
@@ -18,8 +18,7 @@ _FILE = click.Path(path_type=Path)
 
 
 @click.command()
-@click.option("--model", required=True, help="A checkpoint's directory, or its name on the hub.")
-@click.option("--revision", help="Branch, tag or commit of a hub model.")
+@model_options
 @click.option(
     "-i",
     "--input-file",
@@ -52,15 +51,6 @@ _FILE = click.Path(path_type=Path)
 @click.option("--stop", multiple=True, help="Text that ends an answer; may be given several times.")
 @click.option("--ignore-eos", is_flag=True, help="Go on after the model's end token.")
 @click.option("--fail-fast", is_flag=True, help="Stop at the first line that cannot be run.")
-@click.option(
-    "--load-format",
-    type=click.Choice(LOAD_FORMATS),
-    default="auto",
-    help="dummy takes random weights instead of the checkpoint's.",
-)
-@click.option(
-    "--seed", type=click.IntRange(min=0), default=0, help="Seed of samples and of dummy weights."
-)
 @machine_options
 @policy_options
 def run(as_json: bool, **options: Any) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from flexpipe.memory.disk import DiskFile
-from flexpipe.memory.tier import POISON, TierMemory, torch_dtype, typed
+from flexpipe.memory.tier import POISON, TierMemory, spoil, torch_dtype, typed
 from flexpipe.plan.layout import ALIGN, round_up
 from flexpipe.plan.plan import NUM_HIDDEN_SLOTS, NUM_STAGES, Plan
 from flexpipe.plan.tier import Tier
@@ -102,14 +102,8 @@ class HiddenStore:
         write_stage: int | None = None,
     ) -> None:
         """Overwrite a slot or a stage with finite rubbish."""
-        places = (
-            (self._slots, slot),
-            (self._read_stages, read_stage),
-            (self._write_stages, write_stage),
-        )
-        for slabs, index in places:
-            if index is not None:
-                slabs[index].fill_(POISON)
+        stages = (self._read_stages, read_stage), (self._write_stages, write_stage)
+        spoil((self._slots, slot), *stages)
 
     def poison_all(self) -> None:
         stages = (*self._read_stages, *self._write_stages)

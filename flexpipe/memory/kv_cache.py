@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from flexpipe.memory.disk import DiskFile
-from flexpipe.memory.tier import POISON, TierMemory, torch_dtype
+from flexpipe.memory.tier import POISON, TierMemory, spoil, torch_dtype
 from flexpipe.plan.block import KV_PAGE
 from flexpipe.plan.plan import NUM_KV_SLOTS, NUM_STAGES, Plan, PoolPlan
 from flexpipe.plan.tier import Tier
@@ -159,11 +159,6 @@ class KvCache:
         self._disk.write_spans(spans)
         return sum(num_bytes for _, num_bytes, _ in spans)
 
-    def moved_bytes(self, batch: MicroBatch, *, new: bool) -> int:
-        """Bytes that LOAD_CACHE (or with `new`, STORE_CACHE) moves for a micro-batch."""
-        tokens = sum(row.num_new if new else row.num_context for _, row in self._moving(batch))
-        return tokens * self._token_bytes
-
     def poison(
         self,
         *,
@@ -172,14 +167,8 @@ class KvCache:
         write_stage: int | None = None,
     ) -> None:
         """Overwrite a slot or a stage with finite rubbish."""
-        places = (
-            (self._slots, slot),
-            (self._read_stages, read_stage),
-            (self._write_stages, write_stage),
-        )
-        for slabs, index in places:
-            if index is not None:
-                slabs[index].fill_(POISON)
+        stages = (self._read_stages, read_stage), (self._write_stages, write_stage)
+        spoil((self._slots, slot), *stages)
 
     def poison_all(self) -> None:
         homes = (*self._homes.values(), self._tails)

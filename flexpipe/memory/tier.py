@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import logging
 import mmap
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -151,6 +152,13 @@ def typed(slab: Tensor, dtype: torch.dtype, shape: tuple[int, ...], offset: int 
     for size in shape:
         count *= size
     return slab[offset : offset + count * dtype.itemsize].view(dtype).view(shape)
+
+
+def spoil(*places: tuple[Sequence[Tensor], int | None]) -> None:
+    """Fill the slab named by each index with finite rubbish; None names none."""
+    for slabs, index in places:
+        if index is not None:
+            slabs[index].fill_(POISON)
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -373,23 +373,6 @@ def kv_token_bytes(config: ModelConfig, dtype: str) -> int:
     return 2 * config.num_kv_heads * config.head_dim * DTYPE_BYTES[dtype]
 
 
-def make_plan(
-    config: ModelConfig,
-    policy: Policy,
-    needs: Sequence[Need],
-    stored: Mapping[str, Stored],
-    budgets: Budgets,
-    *,
-    device_tier: Tier,
-    compute_dtype: str,
-) -> Plan:
-    """Resolve one policy; whether it fits is `Plan.shortfalls`' answer."""
-    planner = Planner(
-        config, needs, stored, budgets, device_tier=device_tier, compute_dtype=compute_dtype
-    )
-    return planner(policy)
-
-
 class Planner:
     """Resolves policies for one model, one set of requests and one device.
 

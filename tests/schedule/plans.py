@@ -18,7 +18,7 @@ from flexpipe.model.config import DTYPE_BYTES, ModelConfig
 from flexpipe.model.families import read_config
 from flexpipe.plan.block import Need
 from flexpipe.plan.placement import model_tensors
-from flexpipe.plan.plan import Budgets, Plan, make_plan
+from flexpipe.plan.plan import Budgets, Plan, Planner
 from flexpipe.plan.policy import STRATEGIES, Policy, Shares
 from flexpipe.plan.tier import Tier
 from flexpipe.schedule.build import schedule
@@ -129,15 +129,15 @@ def tiny_plan(
     """The plan for a policy, or for knobs of one, on a device beside `tier`."""
     config = config or tiny_config()
     given = policy if isinstance(policy, Policy) else Policy(**{**(policy or {}), **knobs})
-    return make_plan(
+    planner = Planner(
         config,
-        given,
         needs,
         stored_tensors(config, dtype),
         budgets,
         device_tier=tier,
         compute_dtype="float32",
     )
+    return planner(given)
 
 
 def step_of(plan: Plan, *, context: int = 8, tokens: int = 1, sampled: bool = True) -> MicroBatches:
