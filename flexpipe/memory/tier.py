@@ -37,7 +37,7 @@ class TierMemory:
     """
 
     def __init__(self, device: torch.device, *, pin: bool) -> None:
-        self._device = device
+        self.device = device
         self._pin = pin and device.type == "cuda"
         if device.type != "cpu":
             _reset_peak(device)
@@ -49,15 +49,19 @@ class TierMemory:
     def take_on_device(self, num_bytes: int, what: str) -> Tensor:
         """Zeroed bytes beside the compute device, [num_bytes] uint8."""
         self._taken_on_device += num_bytes
-        if self._device.type == "cpu":
+        if self.device.type == "cpu":
             return _host_bytes(num_bytes, what)
         try:
-            return torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
+            return torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
         except RuntimeError as error:  # torch's out-of-memory errors derive from it
             raise PlanError(
-                f"{self._device} refused {format_bytes(num_bytes)} for {what}: {error}. Lower "
+                f"{self.device} refused {format_bytes(num_bytes)} for {what}: {error}. Lower "
                 "--gpu-mem, or end other programs that use the device."
             ) from error
+
+    def count_on_device(self, num_bytes: int) -> None:
+        """Bytes of a pool that a library takes itself, beside the compute device."""
+        self._taken_on_device += num_bytes
 
     def take_on_host(self, num_bytes: int, what: str) -> Tensor:
         """Zeroed host bytes, page-locked if the run asks for it and the system allows it."""
@@ -68,13 +72,13 @@ class TierMemory:
 
     def peak_device_bytes(self) -> int:
         """The most bytes the device's memory held; an emulated one holds its pools."""
-        if self._device.type == "cpu":
+        if self.device.type == "cpu":
             return self._taken_on_device
-        return int(torch.accelerator.max_memory_reserved(self._device))
+        return int(torch.accelerator.max_memory_reserved(self.device))
 
     def emulated_bytes(self, device_tier: Tier) -> int:
         """Bytes of host memory that play an accelerator's."""
-        emulated = device_tier == Tier.GPU and self._device.type == "cpu"
+        emulated = device_tier == Tier.GPU and self.device.type == "cpu"
         return self._taken_on_device if emulated else 0
 
     def close(self) -> None:
@@ -95,7 +99,7 @@ class TierMemory:
             self._registered.append(slab)
             self.pinned_bytes += size
             return
-        _forget_error(self._device)
+        _forget_error(self.device)
         if not self.unpinned_bytes:
             log.warning(
                 "%s of host memory for %s could not be page-locked after %s; copies from there are "

@@ -1,12 +1,13 @@
 """The model's weights: resident ones, packs that travel from host memory, reads from checkpoints.
 
-Everything is read past the page cache, straight from the safetensors files. Loading takes one
-bounded buffer beside the pools. A layer's tensors are views of a slot, made once per (layer, slot).
+Everything is read past the page cache, straight from the safetensors files. Loading takes two
+bounded buffers beside the pools; on a CPU, matrices that stay are packed for its kernels. A layer's
+streamed tensors are views of a slot, made once per (layer, slot).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from torch import Tensor
 from flexpipe.memory.disk import DiskReader, aligned_buffer
 from flexpipe.memory.tier import POISON, TierMemory, torch_dtype, typed
 from flexpipe.model.config import DTYPE_BYTES
+from flexpipe.model.matmul import PACK_BYTES, PackedWeight, Weight, packs
 from flexpipe.model.segments import EmbedWeights, HeadWeights, LayerWeights
 from flexpipe.plan.layer import LayerKind, LayerPlan
-from flexpipe.plan.layout import PACK_ALIGN, Part, round_up
+from flexpipe.plan.layout import PACK_ALIGN, round_up
 from flexpipe.plan.placement import PlacedTensor
 from flexpipe.plan.plan import Plan
 from flexpipe.plan.tier import Tier
@@ -36,7 +38,7 @@ class LayerParts:
 
     weights: LayerTensors
     embed_tokens: Tensor | None = None
-    lm_head: Tensor | None = None
+    lm_head: Weight | None = None
 
 
 class WeightStore:
@@ -45,7 +47,7 @@ class WeightStore:
     def __init__(self, plan: Plan, memory: TierMemory, reader: DiskReader) -> None:
         self._plan = plan
         self._reader = reader
-        self._resident: dict[str, Tensor] = {}
+        self._resident: dict[str, Weight] = {}
         self._host: dict[str, Tensor] = {}
         self._views: dict[tuple[int, int | None], LayerParts] = {}
         pools = {(pool.name, pool.tier): pool for pool in plan.pools}
@@ -70,7 +72,9 @@ class WeightStore:
         buffer = torch.from_numpy(aligned_buffer(_CHUNK_BYTES))
         for name, target in self._resident.items():
             placed = self._plan.placement.tensors[name]
+            assert isinstance(target, Tensor)
             self._fill(placed, target, buffer, progress)
+        self._pack(buffer, progress)
         for layer in self._plan.layers:
             for part, offset in zip(layer.streamed.parts, layer.streamed.offsets, strict=True):
                 if part.tensor.home == Tier.CPU and layer.kind != LayerKind.HEAD:
@@ -163,12 +167,28 @@ class WeightStore:
             for part in layer.resident
         }
         sizes = {name: round_up(placed.num_bytes, PACK_ALIGN) for name, placed in parts.items()}
+        self._to_pack = _matrices(self._plan, parts, memory.device)
+        memory.count_on_device(sum(sizes.pop(name) for name in self._to_pack))
         slab = memory.take_on_device(sum(sizes.values()), "weights")
         offset = 0
-        for name, placed in parts.items():
+        for name in sizes:
+            placed = parts[name]
             dtype = torch_dtype(placed.dtype)
             self._resident[name] = typed(slab, dtype, placed.spec.shape, offset)
             offset += sizes[name]
+
+    def _pack(self, buffer: Tensor, progress: Callable[[int], None]) -> None:
+        if not self._to_pack:
+            return
+        room = torch.from_numpy(aligned_buffer(PACK_BYTES))
+        for name, placed in self._to_pack.items():
+            num_out, num_in = placed.spec.shape
+
+            def fill(rows: slice, plain: Tensor, placed: PlacedTensor = placed) -> None:
+                first = rows.start * placed.spec.shape[1]
+                self._fill(placed, plain, buffer, progress, first)
+
+            self._resident[name] = PackedWeight.make((num_out, num_in), room, fill)
 
     def _fill_host(
         self,
@@ -187,8 +207,9 @@ class WeightStore:
         target: Tensor,
         buffer: Tensor,
         progress: Callable[[int], None],
+        start: int = 0,
     ) -> None:
-        """Read a tensor chunk by chunk, converting on the way."""
+        """Read a tensor, or what follows its element `start`, chunk by chunk and convert it."""
         stored, flat = placed.stored, target.view(-1)
         file = self._reader.file(Path(str(stored.path)))
         direct = stored.dtype == placed.dtype and target.device.type == "cpu"
@@ -196,7 +217,7 @@ class WeightStore:
         for first in range(0, flat.numel(), step):
             place = flat[first : first + step]
             num_bytes = place.numel() * DTYPE_BYTES[stored.dtype]
-            offset = stored.offset + first * DTYPE_BYTES[stored.dtype]
+            offset = stored.offset + (start + first) * DTYPE_BYTES[stored.dtype]
             if direct:
                 file.read_into(place.view(torch.uint8).numpy(), offset)
             else:
@@ -206,9 +227,9 @@ class WeightStore:
             progress(num_bytes)
 
     def _make_views(self, layer: LayerPlan, slot: int | None) -> LayerParts:
-        tensors: dict[str, Tensor] = {}
+        tensors: dict[str, Weight] = {}
         for part in layer.resident:
-            tensors[part.tensor.spec.role] = self._rows(part)
+            tensors[part.tensor.spec.role] = self._resident[part.tensor.spec.name]
         if slot is not None:
             for part, offset in zip(layer.streamed.parts, layer.streamed.offsets, strict=True):
                 dtype = torch_dtype(part.tensor.dtype)
@@ -220,8 +241,19 @@ class WeightStore:
         holder: Any = {LayerKind.EMBED: EmbedWeights, LayerKind.HEAD: HeadWeights}.get(
             layer.kind, LayerWeights
         )
+        assert embed_tokens is None or isinstance(embed_tokens, Tensor)
         return LayerParts(holder(**tensors), embed_tokens, lm_head)
 
-    def _rows(self, part: Part) -> Tensor:
-        tensor = self._resident[part.tensor.spec.name]
-        return tensor if part.stop is None else tensor[part.start : part.stop]
+
+def _matrices(
+    plan: Plan, resident: Mapping[str, PlacedTensor], device: torch.device
+) -> dict[str, PlacedTensor]:
+    """Resident weights that only ever meet a product, and are worth packing for it."""
+    looked_up = plan.config.tensor_names["embed_tokens"]
+    return {
+        name: placed
+        for name, placed in resident.items()
+        if name != looked_up
+        and placed.dtype == plan.compute_dtype
+        and packs(placed.spec.shape, torch_dtype(placed.dtype), device)
+    }

@@ -3,8 +3,9 @@
 Tokens are packed without padding: the new tokens of a micro-batch's rows, one row behind another.
 Rows come in *runs*, whose KV regions are adjacent, so that one tensor per run and layer reaches
 them all. Attention is cut into *pieces*, one kernel call each: rows that decode side by side are
-one piece, new rows of equal length are one, and a chunk behind a context or under a window is cut
-into blocks of queries, which share one mask however long the context is.
+one piece as long as reading the shorter ones' padding costs less than another call, new rows of
+equal length are one, and a chunk behind a context or under a window is cut into blocks of queries,
+which share one mask however long the context is.
 
 Invariant: every new token is a query of exactly one piece per window, and no piece attends past
 what `append_kv` has written.
@@ -26,6 +27,10 @@ from flexpipe.model.cost import MASK_BLOCK, distinct_windows
 from flexpipe.model.rope import inverse_frequencies
 
 __all__ = ["Batch", "Piece", "RopeTable", "RowSpan", "Write"]
+
+# bytes of padding a CPU reads in the time of one more attention call (40 us at 12 GB/s); an
+# accelerator would rather read a lot than launch more kernels
+_CALL_BYTES = 1 << 19
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +119,11 @@ class Group:
     def tokens(self) -> slice:
         return slice(self.first_token, self.first_token + len(self.spans) * self.num_new)
 
+    def part(self, first: int, last: int) -> Group:
+        """Rows `first` to `last` of a group that decodes."""
+        spans = self.spans[first:last]
+        return Group(self.run, self.first_row + first, self.first_token + first, spans)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
@@ -150,7 +160,9 @@ class Batch:
         merge = index.device.type == "cpu" or config.num_heads == config.num_kv_heads
         groups = tuple(_groups(runs, merge))
         cos, sin = rope.turns(positions, compute_dtype) if rope else (None, None)
-        cutter = _Cutter(positions, compute_dtype)
+        token_bytes = 2 * config.num_kv_heads * config.head_dim * compute_dtype.itemsize
+        call_keys = _CALL_BYTES // token_bytes if index.device.type == "cpu" else None
+        cutter = _Cutter(positions, compute_dtype, call_keys)
         return cls(
             num_tokens=num_tokens,
             num_rows=len(spans),
@@ -231,9 +243,11 @@ def _write(group: Group, positions_T: Tensor, arange_R: Tensor) -> Write:
 class _Cutter:
     """Cuts groups into pieces; blocks under one window share their mask."""
 
-    def __init__(self, positions_T: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, positions_T: Tensor, dtype: torch.dtype, call_keys: int | None) -> None:
+        """`call_keys` is the padding, in keys, that is worth a call; None if any is."""
         self._positions_T = positions_T
         self._dtype = dtype
+        self._call_keys = call_keys
 
     def pieces(self, groups: Sequence[Group], window: int | None) -> Iterator[Piece]:
         cut = [piece for group in groups for piece in self._cut(group, window)]
@@ -244,7 +258,8 @@ class _Cutter:
 
     def _cut(self, group: Group, window: int | None) -> Iterator[Piece]:
         if group.num_new == 1:
-            yield self._decode(group, window)
+            for alike in self._alike(group, window):
+                yield self._decode(alike, window)
             return
         context, num_new = group.spans[0].num_context, group.num_new
         start = 0
@@ -270,6 +285,21 @@ class _Cutter:
                 slice(first, last),
                 slice(oldest, context + last),
             )
+
+    def _alike(self, group: Group, window: int | None) -> Iterator[Group]:
+        """Neighbours whose lengths differ so little that their padding is worth no call."""
+        if self._call_keys is None:
+            yield group
+            return
+        start = longest = padding = 0
+        for row, span in enumerate(group.spans):
+            keys = span.length if window is None else min(span.length, window)
+            padded = padding + max(0, keys - longest) * (row - start) + max(0, longest - keys)
+            if row > start and padded - padding > self._call_keys:
+                yield group.part(start, row)
+                start, longest, padded = row, 0, 0
+            padding, longest = padded, max(longest, keys)
+        yield group.part(start, len(group.spans))
 
     def _decode(self, group: Group, window: int | None) -> Piece:
         lengths = [span.length for span in group.spans]

@@ -16,7 +16,9 @@ from collections.abc import Sequence
 from flexpipe.model.config import DTYPE_BYTES, ModelConfig
 
 ALIGNMENT = 64  # bytes; a cache line, and what vector loads like
-CONVERT_ELEMENTS = 1 << 20  # a slice of a weight in the compute dtype: it must stay in the caches
+CONVERT_ELEMENTS = 3 << 19  # a slice of a weight in the compute dtype: it must stay in the caches
+CONVERT_STEP = 128  # out features of such a slice come in multiples of this
+RESULT_ROWS, RESULT_COLUMNS = 256, 8192  # largest block of a product that torch allocates itself
 NORM_ELEMENTS = 1 << 20  # a slice of a layer norm's output
 MASK_BLOCK = 256  # queries of one row that share an attention mask
 INDEX_BYTES = 8
@@ -97,7 +99,10 @@ def transient_bytes(
     block = min(MASK_BLOCK, num_tokens)
     masks = (num_rows + block) * max_length * (INDEX_BYTES + 2)
     turns = 4 * num_tokens * config.head_dim * FLOAT_BYTES if config.rope else 0
-    return max(attended + tiles, norm, masks, turns)
+    rows, attention = min(num_tokens, RESULT_ROWS), config.num_heads * config.head_dim
+    widest = max(config.vocab_size, config.ffn_size, config.hidden_size, attention)
+    product = rows * (min(widest, RESULT_COLUMNS) + attention) * compute_bytes
+    return max(attended + tiles, norm, masks, turns, product)
 
 
 def decoder_flops(config: ModelConfig, num_tokens: int, num_attended: int) -> int:

@@ -5,10 +5,10 @@ same functions serve every family: what a model has is read from its `ModelConfi
 knows tiers, lanes or streams; the caller has set inference mode, brought the weights and
 given each run one tensor of its KV regions.
 
-Weights may be in the dtype of the wire; then they are converted slice by slice into one scratch
-that stays in the caches. Large temporaries come from the `Workspace`. Hidden states are updated in
-place. Keys and values are always read back from the KV cache, so its dtype shows in every token
-alike, whether a row was prefilled whole, in chunks or step by step.
+Weights may be in the dtype of the wire (`flexpipe.model.matmul`). Large temporaries come from the
+`Workspace`. Hidden states are updated in place. Keys and values are always read back from the KV
+cache, so its dtype shows in every token alike, whether a row was prefilled whole, in chunks or step
+by step.
 
 Shapes: T new tokens, H hidden size, E embedding width, N query heads, K KV heads, G = N / K, D head
 dim, A = N * D, L region length, R rows, V vocabulary, O and I out and in features.
@@ -25,7 +25,8 @@ from torch import Tensor
 
 from flexpipe.model.batch import Batch, Piece, RopeTable, RowSpan
 from flexpipe.model.config import ModelConfig
-from flexpipe.model.cost import CONVERT_ELEMENTS, NORM_ELEMENTS
+from flexpipe.model.cost import NORM_ELEMENTS
+from flexpipe.model.matmul import Weight, multiply
 from flexpipe.model.workspace import Workspace
 
 __all__ = [
@@ -56,23 +57,23 @@ class LayerWeights:
 
     attn_norm: Tensor | None = None
     attn_norm_bias: Tensor | None = None
-    q_proj: Tensor | None = None
-    k_proj: Tensor | None = None
-    v_proj: Tensor | None = None
+    q_proj: Weight | None = None
+    k_proj: Weight | None = None
+    v_proj: Weight | None = None
     q_bias: Tensor | None = None
     k_bias: Tensor | None = None
     v_bias: Tensor | None = None
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
-    o_proj: Tensor | None = None
+    o_proj: Weight | None = None
     o_bias: Tensor | None = None
     mlp_norm: Tensor | None = None
     mlp_norm_bias: Tensor | None = None
-    gate_proj: Tensor | None = None
+    gate_proj: Weight | None = None
     gate_bias: Tensor | None = None
-    up_proj: Tensor | None = None
+    up_proj: Weight | None = None
     up_bias: Tensor | None = None
-    down_proj: Tensor | None = None
+    down_proj: Weight | None = None
     down_bias: Tensor | None = None
 
 
@@ -81,7 +82,7 @@ class EmbedWeights:
     """What stands between embedding rows and the first layer."""
 
     embed_positions: Tensor | None = None
-    project_in: Tensor | None = None
+    project_in: Weight | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -90,7 +91,7 @@ class HeadWeights:
 
     final_norm: Tensor | None = None
     final_norm_bias: Tensor | None = None
-    project_out: Tensor | None = None
+    project_out: Weight | None = None
 
 
 def embed(
@@ -107,7 +108,7 @@ def embed(
         rows = rows_TE
         if rows.dtype != hidden_TH.dtype:
             rows = ws.take(tuple(rows_TE.shape), hidden_TH.dtype).copy_(rows_TE)
-        _linear(rows, weights.project_in, None, hidden_TH, ws)
+        multiply(rows, weights.project_in, None, hidden_TH, ws)
         ws.release(mark)
     else:
         hidden_TH.copy_(rows_TE)
@@ -172,9 +173,9 @@ def qkv(
     if not config.post_norm:
         x_TH = ws.take(tuple(hidden_TH.shape), hidden_TH.dtype)
         _norm(hidden_TH, weights.attn_norm, weights.attn_norm_bias, x_TH, config, ws)
-    _linear(x_TH, weights.q_proj, weights.q_bias, flat[:, :q_end], ws)
-    _linear(x_TH, weights.k_proj, weights.k_bias, flat[:, q_end:k_end], ws)
-    _linear(x_TH, weights.v_proj, weights.v_bias, flat[:, k_end:], ws)
+    multiply(x_TH, weights.q_proj, weights.q_bias, flat[:, :q_end], ws)
+    multiply(x_TH, weights.k_proj, weights.k_bias, flat[:, q_end:k_end], ws)
+    multiply(x_TH, weights.v_proj, weights.v_bias, flat[:, k_end:], ws)
     ws.release(mark)
     q_TND = both[:, :num_q]
     if config.qk_norm:
@@ -222,7 +223,7 @@ def out(
     attn_TA: Tensor, hidden_TH: Tensor, weights: LayerWeights, config: ModelConfig, ws: Workspace
 ) -> None:
     """Adds the projected attention to the hidden states."""
-    _add_linear(attn_TA, weights.o_proj, weights.o_bias, hidden_TH, ws)
+    multiply(attn_TA, weights.o_proj, weights.o_bias, hidden_TH, ws, add=True)
     if config.post_norm:
         _norm(hidden_TH, weights.attn_norm, weights.attn_norm_bias, hidden_TH, config, ws)
 
@@ -237,14 +238,14 @@ def mlp(hidden_TH: Tensor, weights: LayerWeights, config: ModelConfig, ws: Works
     if not config.post_norm:
         x_TH = ws.take(tuple(hidden_TH.shape), dtype)
         _norm(hidden_TH, weights.mlp_norm, weights.mlp_norm_bias, x_TH, config, ws)
-    _linear(x_TH, weights.up_proj, weights.up_bias, wide, ws)
+    multiply(x_TH, weights.up_proj, weights.up_bias, wide, ws)
     if config.gated_mlp:
-        _linear(x_TH, weights.gate_proj, weights.gate_bias, gate, ws)
+        multiply(x_TH, weights.gate_proj, weights.gate_bias, gate, ws)
     ws.release(inner)
     _activate(gate, config)
     if config.gated_mlp:
         wide.mul_(gate)
-    _add_linear(wide, weights.down_proj, weights.down_bias, hidden_TH, ws)
+    multiply(wide, weights.down_proj, weights.down_bias, hidden_TH, ws, add=True)
     if config.post_norm:
         _norm(hidden_TH, weights.mlp_norm, weights.mlp_norm_bias, hidden_TH, config, ws)
     ws.release(mark)
@@ -261,14 +262,14 @@ def head_input(
         _norm(x_RE, weights.final_norm, weights.final_norm_bias, x_RE, config, ws)
     if config.has_projections:
         projected = ws.take((num_rows, config.input_size), dtype)
-        _linear(x_RE, weights.project_out, None, projected, ws)
+        multiply(x_RE, weights.project_out, None, projected, ws)
         return projected
     return x_RE
 
 
-def logits_slice(x_RE: Tensor, lm_head_VE: Tensor, out_RV: Tensor, ws: Workspace) -> None:
+def logits_slice(x_RE: Tensor, lm_head_VE: Weight, out_RV: Tensor, ws: Workspace) -> None:
     """Logits for a slice of the vocabulary; `out_RV` may be a slice of columns."""
-    _linear(x_RE, lm_head_VE, None, out_RV, ws)
+    multiply(x_RE, lm_head_VE, None, out_RV, ws)
 
 
 def _attend_piece(q_TND: Tensor, kv_RL2KD: Tensor, piece: Piece, config: ModelConfig) -> None:
@@ -318,52 +319,6 @@ def _turn(x_TND: Tensor, batch: Batch, ws: Workspace) -> None:
     swapped = ws.take(tuple(x_TND.shape), x_TND.dtype)
     torch.cat((halves[1], halves[0]), -1, out=swapped)
     x_TND.mul_(batch.cos_T1D).addcmul_(swapped, batch.sin_T1D)
-    ws.release(mark)
-
-
-def _linear(
-    x_TI: Tensor, weight_OI: Tensor | None, bias_O: Tensor | None, out_TO: Tensor, ws: Workspace
-) -> None:
-    assert weight_OI is not None
-    if weight_OI.dtype != x_TI.dtype:
-        _linear_converted(x_TI, weight_OI, out_TO, ws, add=False)
-    elif bias_O is not None and bias_O.dtype == x_TI.dtype:
-        torch.addmm(bias_O, x_TI, weight_OI.t(), out=out_TO)
-        return
-    else:
-        torch.mm(x_TI, weight_OI.t(), out=out_TO)
-    if bias_O is not None:
-        out_TO.add_(bias_O)
-
-
-def _add_linear(
-    x_TI: Tensor, weight_OI: Tensor | None, bias_O: Tensor | None, out_TO: Tensor, ws: Workspace
-) -> None:
-    assert weight_OI is not None
-    if weight_OI.dtype != x_TI.dtype:
-        _linear_converted(x_TI, weight_OI, out_TO, ws, add=True)
-    else:
-        out_TO.addmm_(x_TI, weight_OI.t())
-    if bias_O is not None:
-        out_TO.add_(bias_O)
-
-
-def _linear_converted(
-    x_TI: Tensor, weight_OI: Tensor, out_TO: Tensor, ws: Workspace, *, add: bool
-) -> None:
-    """The product in slices of output features, each converted while it is hot in the caches."""
-    num_out, num_in = weight_OI.shape
-    step = min(num_out, max(1, CONVERT_ELEMENTS // num_in))
-    mark = ws.mark()
-    scratch = ws.take((step, num_in), x_TI.dtype)
-    for first in range(0, num_out, step):
-        part = weight_OI[first : first + step]
-        converted_IO = scratch[: part.shape[0]].copy_(part).t()
-        place = out_TO[:, first : first + step]
-        if add:
-            place.addmm_(x_TI, converted_IO)
-        else:
-            torch.mm(x_TI, converted_IO, out=place)
     ws.release(mark)
 
 

@@ -28,8 +28,8 @@ NUM_KV_SLOTS = 3  # one loading, one in use, one being stored
 NUM_HIDDEN_SLOTS = 3
 NUM_STAGES = 2  # host buffers on the way between disk and accelerator: one fills, one drains
 NUM_EMBED_SLOTS = 2
-# What the process takes beside the pools; 0 to 75 MiB were seen. While loading: a buffer (32 MiB)
-# and the bounce ring (16 MiB). Later BLAS's packing buffers and the holes that prompts of many
+# What the process takes beside the pools; 0 to 75 MiB were seen. While loading: two buffers of 32
+# MiB and the bounce ring (16 MiB). Later BLAS's packing buffers and the holes that prompts of many
 # lengths leave in the allocator's heaps.
 PROCESS_SLACK = 88 * MIB
 

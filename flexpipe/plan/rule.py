@@ -18,7 +18,7 @@ from flexpipe.plan.plan import Plan
 from flexpipe.plan.policy import OPTION_NAMES, Policy, Shares
 from flexpipe.plan.tier import Tier
 
-ROWS = (64, 32, 16, 8, 4, 2, 1)
+ROWS = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 BLOCKS = (1, 4)
 BATCH_TOKENS = (2048, 512, 128)
 SHARE_STEP = 20  # shares are tried in twentieths
@@ -107,7 +107,7 @@ def _spelled(policy: Policy, names: set[str]) -> str:
 
 def _shapes(given: Mapping[str, Any], num_rows: int) -> Iterator[dict[str, Any]]:
     """Block shapes in order of preference; a given knob is not varied."""
-    enough = min(size for size in (*ROWS, 10**9) if size >= num_rows) if num_rows <= 64 else 64
+    enough = min((size for size in ROWS if size >= num_rows), default=ROWS[0])
     sizes = [size for size in ROWS if size <= enough]
     divided = "hidden" in given and len(given["hidden"].tiers) > 1  # whole micro-batches are
     blocks = [count for count in BLOCKS if count == 1 or num_rows > sizes[0] or divided]

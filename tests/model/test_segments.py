@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexpipe.model import batch as batch_module
-from flexpipe.model import cost, segments
+from flexpipe.model import cost, matmul, segments
 from flexpipe.model.config import attention_tensors, mlp_tensors
 from flexpipe.model.families import read_config
 from flexpipe.model.sampling import greedy
@@ -102,12 +102,76 @@ def test_planned_workspace_covers_small_and_large_batches(num_tokens, hf_checkpo
 def test_weights_converted_on_the_fly_equal_weights_converted_before(
     variant, slice_elements, hf_checkpoint, monkeypatch
 ):
-    monkeypatch.setattr(segments, "CONVERT_ELEMENTS", slice_elements)
+    monkeypatch.setattr(matmul, "CONVERT_ELEMENTS", slice_elements)
     path = hf_checkpoint(variant, dtype="bfloat16")
     prompts = [[5, 6, 7], list(range(10, 90))]
     before = generate(Decoder(path, num_rows=2, wire=torch.float32), prompts, 3)
     on_the_fly = generate(Decoder(path, num_rows=2), prompts, 3)
     for expected, logits in zip(before, on_the_fly, strict=True):
+        torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE)
+
+
+# Products
+
+
+@pytest.mark.parametrize("kernel", ["mkl", "onednn"])
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+def test_products_agree_with_float64(kernel, add, weight_dtype, monkeypatch):
+    """Blocks of rows and columns that divide nothing, a result that is a slice, with and without
+    a bias."""
+    if kernel == "onednn" and not matmul._HAS_ONEDNN:
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(matmul, "_MIN_ELEMENTS", 0 if kernel == "onednn" else 10**18)
+    monkeypatch.setattr(matmul, "RESULT_ROWS", 7)
+    monkeypatch.setattr(matmul, "RESULT_COLUMNS", 11)
+    monkeypatch.setattr(matmul, "CONVERT_ELEMENTS", 13 * 24)
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(17, 40, generator=generator)
+    x, weight = wide[:, :24], torch.randn(50, 24, generator=generator).to(weight_dtype)
+    ws = Workspace(torch.empty(1 << 16, dtype=torch.uint8))
+    for bias in (None, torch.randn(50, generator=generator), torch.ones(50, dtype=torch.bfloat16)):
+        target = torch.randn(17, 60, generator=generator)
+        before = target.clone()
+        matmul.multiply(x, weight, bias, target[:, 5:55], ws, add=add)
+        expected = x.double() @ weight.double().t()
+        expected += 0 if bias is None else bias.double()
+        expected += before[:, 5:55].double() if add else 0
+        torch.testing.assert_close(target[:, 5:55].double(), expected, rtol=0, atol=5e-5)
+        assert torch.equal(target[:, :5], before[:, :5])
+        assert torch.equal(target[:, 55:], before[:, 55:])
+
+
+@pytest.mark.skipif(not matmul._HAS_ONEDNN, reason="this torch has no oneDNN")
+@pytest.mark.parametrize(("num_out", "num_in"), [(50, 24), (200, 64), (64, 1)])
+@pytest.mark.parametrize("num_rows", [1, 17, 300])
+def test_packed_weights_multiply_like_plain_ones(num_out, num_in, num_rows):
+    """In blocks that divide nothing; what they were packed from may be overwritten."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(num_out, num_in, generator=generator)
+    buffer = torch.zeros(70 * num_in * 4, dtype=torch.uint8)
+    packed = matmul.PackedWeight.make(
+        (num_out, num_in), buffer, lambda rows, plain: plain.copy_(weight[rows])
+    )
+    buffer.fill_(0x3C)
+    assert len(packed.blocks) == -(-num_out // 64)
+    x, bias = torch.randn(num_rows, num_in, generator=generator), torch.randn(num_out)
+    ws = Workspace(torch.empty(1 << 16, dtype=torch.uint8))
+    target = torch.ones(num_rows, num_out)
+    matmul.multiply(x, packed, bias, target, ws, add=True)
+    expected = 1 + x.double() @ weight.double().t() + bias.double()
+    torch.testing.assert_close(target.double(), expected, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_onednn_serves_every_family(variant, hf_checkpoint, monkeypatch):
+    path = hf_checkpoint(variant)
+    prompts = [[5, 6, 7], list(range(10, 90))]
+    before = generate(Decoder(path, num_rows=2), prompts, 3)
+    monkeypatch.setattr(matmul, "_MIN_ELEMENTS", 0)
+    for expected, logits in zip(
+        before, generate(Decoder(path, num_rows=2), prompts, 3), strict=True
+    ):
         torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE)
 
 
