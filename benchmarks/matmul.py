@@ -54,7 +54,7 @@ def kernels(shape: tuple[int, int]) -> dict[str, Callable[[Tensor, Tensor], obje
 def _packed(weight: Tensor, buffer: Tensor) -> matmul.PackedWeight:
     num_out, num_in = weight.shape
     return matmul.PackedWeight.make(
-        (num_out, num_in), buffer, lambda rows, room: room.copy_(weight[rows])
+        (num_out, num_in), weight.dtype, buffer, lambda rows, room: room.copy_(weight[rows])
     )
 
 

@@ -63,6 +63,7 @@ def report(
     return Report(
         model=model,
         device=device.name,
+        compute_dtype=plan.compute_dtype,
         strategy=plan.policy.strategy,
         num_requests=tally.num_requests,
         num_earlier=tally.num_earlier,

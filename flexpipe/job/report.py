@@ -65,6 +65,7 @@ class Report:
 
     model: str
     device: str
+    compute_dtype: str
     strategy: str
     num_requests: int
     num_finished: int
@@ -112,7 +113,7 @@ class Report:
     def render(self) -> str:
         """The same for people: a line on top, then a table each for times, tiers, links, lanes."""
         parts = [
-            f"{self.model} on {self.device}, overlap {self.strategy}: "
+            f"{self.model} on {self.device} in {self.compute_dtype}, overlap {self.strategy}: "
             f"{self.num_finished} of {self.num_requests} requests finished"
             + (f", {self.num_failed} failed" if self.num_failed else "")
             + (f", {self.num_earlier} done by an earlier run" if self.num_earlier else ""),

@@ -264,6 +264,7 @@ def _nothing_to_do(job: _Job, outcome: _Outcome) -> Report:
     return Report(
         model=job.spec.model,
         device=job.model.device.name,
+        compute_dtype=job.model.compute_dtype,
         strategy=job.spec.given.get("strategy", "event"),
         num_requests=outcome.tally.num_requests,
         num_finished=0,

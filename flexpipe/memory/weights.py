@@ -188,7 +188,8 @@ class WeightStore:
                 first = rows.start * placed.spec.shape[1]
                 self._fill(placed, plain, buffer, progress, first)
 
-            self._resident[name] = PackedWeight.make((num_out, num_in), room, fill)
+            dtype = torch_dtype(placed.dtype)
+            self._resident[name] = PackedWeight.make((num_out, num_in), dtype, room, fill)
 
     def _fill_host(
         self,

@@ -20,6 +20,7 @@ CONVERT_ELEMENTS = 3 << 19  # a slice of a weight in the compute dtype: it must 
 CONVERT_STEP = 128  # out features of such a slice come in multiples of this
 RESULT_ROWS, RESULT_COLUMNS = 256, 8192  # largest block of a product that torch allocates itself
 NORM_ELEMENTS = 1 << 20  # a slice of a layer norm's output
+NORM_ROWS = 256  # rows of an RMS norm that are widened to float32 at a time
 MASK_BLOCK = 256  # queries of one row that share an attention mask
 INDEX_BYTES = 8
 FLOAT_BYTES = 4
@@ -48,7 +49,7 @@ def workspace_bytes(
     normed = _norm_bytes(config, num_tokens, compute_bytes)
     heads = config.num_heads + config.num_kv_heads
     turned = num_tokens * heads * config.head_dim * compute_bytes if config.rope else 0
-    per_head = num_tokens * config.num_heads * FLOAT_BYTES if config.qk_norm else 0
+    per_head = _rms_bytes(num_tokens, config.num_heads, config.head_dim, compute_bytes)
     other_kv = kv_bytes is not None and kv_bytes != compute_bytes
     kv_row = max_length * 2 * config.num_kv_heads * config.head_dim if other_kv else 0
     qkv = num_tokens * (heads + config.num_kv_heads) * config.head_dim
@@ -58,7 +59,7 @@ def workspace_bytes(
         + max(
             normed + convert,
             _aligned(turned),
-            _aligned(per_head),
+            per_head if config.qk_norm else 0,
             _aligned(kv_row * compute_bytes),
         ),
         mlp + normed + convert,
@@ -94,8 +95,6 @@ def transient_bytes(
     attended = num_tokens * config.num_heads * (config.head_dim * compute_bytes + FLOAT_BYTES)
     tiles = num_threads * FLOAT_BYTES * MASK_BLOCK * (2 * MASK_BLOCK + 2 * config.head_dim)
     norm = min(num_tokens * config.hidden_size, NORM_ELEMENTS) * compute_bytes
-    if compute_bytes < FLOAT_BYTES:  # mixed-dtype products are widened first on a CPU
-        norm = max(norm, num_tokens * config.hidden_size * FLOAT_BYTES)
     block = min(MASK_BLOCK, num_tokens)
     masks = (num_rows + block) * max_length * (INDEX_BYTES + 2)
     turns = 4 * num_tokens * config.head_dim * FLOAT_BYTES if config.rope else 0
@@ -166,10 +165,20 @@ def _convert_bytes(config: ModelConfig, max_convert_elements: int, compute_bytes
 
 
 def _norm_bytes(config: ModelConfig, num_tokens: int, compute_bytes: int) -> int:
-    """The normalized hidden states and, for RMS norms, one factor per token."""
-    factors = _aligned(num_tokens * FLOAT_BYTES) if config.norm == "rms" else 0
+    """The normalized hidden states and what an RMS norm needs beside them."""
+    rms = _rms_bytes(num_tokens, 1, config.hidden_size, compute_bytes) * (config.norm == "rms")
     normed = 0 if config.post_norm else num_tokens * config.hidden_size * compute_bytes
-    return _aligned(normed) + factors
+    return _aligned(normed) + rms
+
+
+def _rms_bytes(num_tokens: int, num_heads: int, size: int, compute_bytes: int) -> int:
+    """A factor per token and head, and a slice in float32 where the dtype is narrower."""
+    if compute_bytes == FLOAT_BYTES:
+        return _aligned(num_tokens * num_heads * FLOAT_BYTES)
+    rows = min(num_tokens, NORM_ROWS) * num_heads * FLOAT_BYTES
+    return max(
+        _aligned(num_tokens * num_heads * FLOAT_BYTES), _aligned(rows * size) + _aligned(rows)
+    )
 
 
 def _embed_bytes(config: ModelConfig, num_tokens: int, compute_bytes: int, wire_bytes: int) -> int:
@@ -180,6 +189,7 @@ def _embed_bytes(config: ModelConfig, num_tokens: int, compute_bytes: int, wire_
 
 def _head_bytes(config: ModelConfig, num_rows: int, compute_bytes: int) -> int:
     selected = _aligned(num_rows * config.hidden_size * compute_bytes)
-    factors = _aligned(num_rows * FLOAT_BYTES) if config.norm == "rms" else 0
+    factors = _rms_bytes(num_rows, 1, config.hidden_size, compute_bytes)
+    factors *= config.norm == "rms"
     projected = num_rows * config.input_size * compute_bytes if config.has_projections else 0
     return selected + factors + _aligned(projected)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from flexpipe.model.batch import Batch, Piece, RopeTable, RowSpan
 from flexpipe.model.config import ModelConfig
-from flexpipe.model.cost import NORM_ELEMENTS
+from flexpipe.model.cost import NORM_ELEMENTS, NORM_ROWS
 from flexpipe.model.matmul import Weight, multiply
 from flexpipe.model.workspace import Workspace
 
@@ -338,14 +338,27 @@ def _norm(
 
 
 def _rms_norm(x: Tensor, weight: Tensor | None, out: Tensor, eps: float, ws: Workspace) -> None:
-    """Over the last dimension, factors in float32; faster than torch's own on a CPU."""
+    """Over the last dimension, in float32; faster than torch's own on a CPU, where a narrower
+    dtype is widened in slices that stay in the caches."""
     assert weight is not None
+    if x.is_cpu and x.dtype != torch.float32:
+        for first in range(0, x.shape[0], NORM_ROWS):
+            mark, part = ws.mark(), x[first : first + NORM_ROWS]
+            wide = ws.take(tuple(part.shape), torch.float32).copy_(part)
+            _divide_by_rms(wide, wide, eps, ws)
+            out[first : first + NORM_ROWS].copy_(wide)
+            ws.release(mark)
+    else:
+        _divide_by_rms(x, out, eps, ws)
+    out.mul_(weight)
+
+
+def _divide_by_rms(x: Tensor, out: Tensor, eps: float, ws: Workspace) -> None:
     mark = ws.mark()
     size = ws.take((*x.shape[:-1], 1), torch.float32)
     torch.linalg.vector_norm(x, 2, -1, True, dtype=torch.float32, out=size)
     torch.addcmul(ws.constant(eps), size, size, value=1 / x.shape[-1], out=size).rsqrt_()
     torch.mul(x, size, out=out)
-    out.mul_(weight)
     ws.release(mark)
 
 

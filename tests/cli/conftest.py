@@ -15,6 +15,7 @@ from flexpipe.job.spec import JobSpec
 REPORT = Report(
     model="m",
     device="cpu",
+    compute_dtype="float32",
     strategy="event",
     num_requests=2,
     num_finished=2,

@@ -12,6 +12,7 @@ from flexpipe.units import GIB
 REPORT = Report(
     model="demo",
     device="emulated",
+    compute_dtype="float32",
     strategy="event",
     num_requests=4,
     num_finished=3,
@@ -54,7 +55,7 @@ def test_data_is_json_and_holds_every_figure() -> None:
 
 def test_table_shows_asked_planned_and_measured_side_by_side() -> None:
     lines = REPORT.render().splitlines()
-    assert lines[0] == "demo on emulated, overlap event: 3 of 4 requests finished, 1 failed"
+    assert lines[0] == "demo on emulated in float32, overlap event: 3 of 4 requests finished, 1 failed"
     row = {line.split()[0]: line.split() for line in lines if line}
     assert row["gpu"] == ["gpu", "1", "GiB", "512", "MiB", "256", "MiB"]
     assert "what is free" in " ".join(row["cpu"])
@@ -73,6 +74,7 @@ def test_a_run_without_time_has_no_rate() -> None:
     empty = Report(
         model="m",
         device="cpu",
+        compute_dtype="float32",
         strategy="none",
         num_requests=0,
         num_finished=0,

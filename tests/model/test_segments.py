@@ -151,7 +151,7 @@ def test_packed_weights_multiply_like_plain_ones(num_out, num_in, num_rows):
     weight = torch.randn(num_out, num_in, generator=generator)
     buffer = torch.zeros(70 * num_in * 4, dtype=torch.uint8)
     packed = matmul.PackedWeight.make(
-        (num_out, num_in), buffer, lambda rows, plain: plain.copy_(weight[rows])
+        (num_out, num_in), torch.float32, buffer, lambda rows, plain: plain.copy_(weight[rows])
     )
     buffer.fill_(0x3C)
     assert len(packed.blocks) == -(-num_out // 64)
