@@ -119,6 +119,8 @@ def _row(setting: str, times: dict[str, list[Trial]]) -> dict[str, Any]:
         "equal_s": statistics.median(equal_s),
         "ragged_s": statistics.median(ragged),
         "tail_s": statistics.median(tail),
+        "tail_steps": times["ragged"][0].report.tail_steps,
+        "tail_bound_s": statistics.median(t.report.tail_bound_s for t in times["ragged"]),
         "ratio": statistics.median(ratios),
         "ratio_min": min(ratios),
         "ratio_max": max(ratios),
@@ -128,7 +130,10 @@ def _row(setting: str, times: dict[str, list[Trial]]) -> dict[str, Any]:
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
-    head = ("setting", "equal, s", "ragged, s", "tail, s", "ratio", "spread", "before tail", "rows")
+    head = (
+        *("setting", "equal, s", "ragged, s", "ratio", "spread", "before tail", "tail, s"),
+        *("its steps", "its bound, s", "rows"),
+    )
     return markdown(
         head,
         [
@@ -136,10 +141,12 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
                 row["setting"],
                 f"{row['equal_s']:.2f}",
                 f"{row['ragged_s']:.2f}",
-                f"{row['tail_s']:.2f}",
                 f"**{row['ratio']:.2f}**",
                 f"{row['ratio_min']:.2f}-{row['ratio_max']:.2f}",
                 f"{row['steady_ratio']:.2f}",
+                f"{row['tail_s']:.2f}",
+                row["tail_steps"],
+                f"{row['tail_bound_s']:.2f}",
                 f"{row['useful_rows']:.0%}",
             )
             for row in rows

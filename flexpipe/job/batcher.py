@@ -131,6 +131,7 @@ class Batcher:
         self._in_flight: dict[int, int] = {}  # micro-batch -> its step
         self._lock = threading.Lock()
         self.counts: list[StepCount] = []
+        self.repeated_tokens = 0  # of earlier runs, prefilled again
 
     def steps(self, index: int) -> Iterator[MicroBatch | None] | None:
         """The micro-batches of step `index` as they become known, None once the job is done."""
@@ -224,6 +225,7 @@ class Batcher:
             if live is None and self._queue:
                 request = self._admit(self._queue.popleft())
                 pending = request.tokens + request.generated
+                self.repeated_tokens += len(request.generated)
                 places[place] = _Live(request, pending, list(request.generated))
         left = self._plan.micro_batches[mb].max_new_tokens
         left -= sum(live is not None and live.decodes for live in places)

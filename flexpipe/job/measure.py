@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 from flexpipe.job.batcher import Batcher, StepCount
 from flexpipe.job.report import LaneUse, LinkUse, Report, ShareUse, TierUse
@@ -37,6 +39,14 @@ class Measured:
     disk_bytes: int
 
 
+class Tail(NamedTuple):
+    """The end of a run, when nobody waited for a place any more."""
+
+    seconds: float = 0.0
+    num_steps: int = 0
+    bound_s: float = 0.0
+
+
 @dataclass(slots=True)
 class Tally:
     """How requests ended and what they came to."""
@@ -60,6 +70,7 @@ def report(
 ) -> Report:
     """The figures of a finished run."""
     prefill_s, decode_s, decoded = _phases(batcher.counts, measured.began)
+    tail = _tail(batcher.counts)
     return Report(
         model=model,
         device=device.name,
@@ -73,8 +84,11 @@ def report(
         prefill_s=prefill_s,
         decode_s=decode_s,
         total_s=measured.load_s + measured.run_s,
-        tail_s=_tail_s(batcher.counts),
+        tail_s=tail.seconds,
+        tail_steps=tail.num_steps,
+        tail_bound_s=tail.bound_s,
         useful_rows=_useful_rows(batcher.counts, plan),
+        useful_tokens=_useful_tokens(batcher),
         prompt_tokens=sum(count.prompt_tokens for count in batcher.counts),
         generated_tokens=tally.num_tokens,
         decode_step_tokens=decoded,
@@ -88,11 +102,15 @@ def report(
     )
 
 
-def _tail_s(counts: Sequence[StepCount]) -> float:
-    """Seconds after the last request took its place: the drain, whose rows nobody replaces."""
-    ends = [count.end_s for count in counts if count.end_s]
-    steady = [count.end_s for count in counts if count.end_s and not count.is_tail]
-    return ends[-1] - steady[-1] if steady and ends else 0.0
+def _tail(counts: Sequence[StepCount]) -> Tail:
+    """The drain, whose rows nobody replaces: from the last step that somebody waited through."""
+    steps = [count for count in counts if count.end_s]
+    steady = [index for index, count in enumerate(steps) if not count.is_tail]
+    if not steady or steady[-1] + 1 == len(steps):
+        return Tail()
+    ends = [count.end_s for count in steps[steady[-1] :]]
+    took = [end - start for start, end in pairwise(ends)]
+    return Tail(sum(took), len(took), min(took) * len(took))
 
 
 def _useful_rows(counts: Sequence[StepCount], plan: Plan) -> float:
@@ -100,6 +118,12 @@ def _useful_rows(counts: Sequence[StepCount], plan: Plan) -> float:
     places = sum(mb.num_places for mb in plan.micro_batches)
     steps = [count for count in counts if count.rows]
     return sum(count.rows for count in steps) / (places * len(steps)) if steps else 0.0
+
+
+def _useful_tokens(batcher: Batcher) -> float:
+    """Share of the computed tokens that are not those of an earlier run, prefilled again."""
+    computed = sum(count.prompt_tokens + count.decode_tokens for count in batcher.counts)
+    return 1 - batcher.repeated_tokens / computed if computed else 1.0
 
 
 def _bottleneck(device: Device, recorder: Recorder, measured: Measured) -> str:

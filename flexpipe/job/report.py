@@ -59,8 +59,10 @@ class ShareUse:
 class Report:
     """One finished job. Prefill and decode times are apart and lie within `total_s`.
 
-    `tail_s` is the time after the last request took its place, `useful_rows` the share of places
-    that worked over all steps, `num_earlier` the requests that an earlier run of the job did.
+    The tail is the time after the last request took its place; `tail_bound_s` is what its steps
+    would take if each were as short as the shortest: a pass over the weights. `useful_rows` is the
+    share of places that worked over all steps, `useful_tokens` the share of computed tokens that no
+    earlier run had computed. `num_earlier` are the requests that an earlier run of the job did.
     """
 
     model: str
@@ -79,7 +81,10 @@ class Report:
     generated_tokens: int
     decode_step_tokens: int
     tail_s: float = 0.0
+    tail_steps: int = 0
+    tail_bound_s: float = 0.0
     useful_rows: float = 1.0
+    useful_tokens: float = 1.0
     bottleneck: str = ""
     links: Sequence[LinkUse] = ()
     lanes: Sequence[LaneUse] = ()
@@ -124,7 +129,8 @@ class Report:
             ),
             _table(("link", "moved", "busy s", "rate"), map(_link_row, self.links)),
             _table(("lane", "ops", "busy s", "busy"), map(_lane_row, self.lanes)),
-            f"{self.bottleneck}; {self.useful_rows:.0%} of the places worked"
+            f"{self.bottleneck}; {self.useful_rows:.0%} of the places worked, "
+            f"{self.useful_tokens:.0%} of the computed tokens were new"
             if self.bottleneck
             else "",
             "\n".join(f"note: {note}" for note in self.notes),
@@ -137,8 +143,16 @@ class Report:
             ("load", f"{self.load_s:.2f}", "", ""),
             ("prefill", f"{self.prefill_s:.2f}", *_tokens(self.prompt_tokens, self.prefill_s)),
             ("decode", f"{self.decode_s:.2f}", *_tokens(decoded, self.decode_s)),
-            ("of it tail", f"{self.tail_s:.2f}", "", ""),
+            *self._tail(),
             ("total", f"{self.total_s:.2f}", *_tokens(self.generated_tokens, self.total_s)),
+        ]
+
+    def _tail(self) -> list[tuple[str, ...]]:
+        if not self.tail_steps:
+            return []
+        return [
+            (f"tail of {self.tail_steps} steps", f"{self.tail_s:.2f}", "", ""),
+            ("  its bound", f"{self.tail_bound_s:.2f}", "", ""),
         ]
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from flexpipe.job.batcher import StepCount
+from flexpipe.job.measure import _tail
 from flexpipe.job.report import LaneUse, LinkUse, Report, ShareUse, TierUse
 from flexpipe.units import GIB
 
@@ -55,7 +58,9 @@ def test_data_is_json_and_holds_every_figure() -> None:
 
 def test_table_shows_asked_planned_and_measured_side_by_side() -> None:
     lines = REPORT.render().splitlines()
-    assert lines[0] == "demo on emulated in float32, overlap event: 3 of 4 requests finished, 1 failed"
+    assert (
+        lines[0] == "demo on emulated in float32, overlap event: 3 of 4 requests finished, 1 failed"
+    )
     row = {line.split()[0]: line.split() for line in lines if line}
     assert row["gpu"] == ["gpu", "1", "GiB", "512", "MiB", "256", "MiB"]
     assert "what is free" in " ".join(row["cpu"])
@@ -63,6 +68,19 @@ def test_table_shows_asked_planned_and_measured_side_by_side() -> None:
     assert row["compute"][-1] == "83%"
     assert row["prefill"] == ["prefill", "2.00", "100", "50.0"]
     assert lines[-1].startswith("note: direct I/O")
+
+
+def test_the_tail_stands_beside_its_bound() -> None:
+    """Steps end at 1, 2 and 4 s, then two in the drain take 1 and 3 s: at best 2 x 1 s."""
+    counts = [
+        StepCount(rows=1, end_s=end, is_tail=tail)
+        for end, tail in ((1.0, False), (2.0, False), (4.0, False), (5.0, True), (8.0, True))
+    ]
+    assert _tail(counts) == (4.0, 2, 2.0)
+    assert _tail(counts[:3]) == _tail(counts[3:]) == _tail([]) == (0.0, 0, 0.0)
+    report = replace(REPORT, tail_s=4.0, tail_steps=2, tail_bound_s=2.0, bottleneck="lane x")
+    lines = [line.split() for line in report.render().splitlines()]
+    assert ["tail", "of", "2", "steps", "4.00"] in lines and ["its", "bound", "2.00"] in lines
 
 
 def test_columns_line_up() -> None:
