@@ -1,9 +1,10 @@
 """A policy for whoever gives none: fill the fastest tier, leave room for a sensible block.
 
 Every knob the user fixed stays; the others are tried in a small, ordered set. Weights that fit
-beside the compute device are kept there; otherwise the choice is the one that moves the fewest
-seconds' worth of bytes per row and step, with nominal rates for the links. It measures nothing and
-claims no optimum.
+beside the compute device are kept there; otherwise the choice is the one that moves clearly fewer
+seconds' worth of bytes per row and step than those before it, with nominal rates for the links.
+Large steps come first: they prefill in few passes over the weights. It measures nothing and claims
+no optimum.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from flexpipe.plan.tier import Tier
 ROWS = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 BLOCKS = (1, 4)
 BATCH_TOKENS = (2048, 512, 128)
+CLEARLY = 0.85  # a shape later in that order must cost this much less
 SHARE_STEP = 20  # shares are tried in twentieths
 _DISK_BYTES_PER_S = 1e9
 _HOST_BYTES_PER_S = 12e9
@@ -64,7 +66,7 @@ def _choose(given: Mapping[str, Any], make: MakePlan, device_tier: Tier, num_row
         choice = _Choice(plan, _seconds_per_row(plan))
         if choice.cost_s == 0:
             return plan
-        if best is None or choice.cost_s < best.cost_s:
+        if best is None or choice.cost_s < CLEARLY * best.cost_s:
             best = choice
     if best is not None:
         return best.plan

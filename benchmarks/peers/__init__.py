@@ -1,0 +1,1 @@
+"""flexpipe beside its peers on one checkpoint: sweeps, comparisons, and the machine's bounds."""
