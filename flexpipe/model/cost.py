@@ -99,8 +99,9 @@ def transient_bytes(
     masks = (num_rows + block) * max_length * (INDEX_BYTES + 2)
     turns = 4 * num_tokens * config.head_dim * FLOAT_BYTES if config.rope else 0
     rows, attention = min(num_tokens, RESULT_ROWS), config.num_heads * config.head_dim
-    widest = max(config.vocab_size, config.ffn_size, config.hidden_size, attention)
-    product = rows * (min(widest, RESULT_COLUMNS) + attention) * compute_bytes
+    widest = max(config.vocab_size, config.hidden_size, attention)
+    wide = 2 * min(config.ffn_size, RESULT_COLUMNS) + config.hidden_size
+    product = rows * (max(min(widest, RESULT_COLUMNS), wide) + attention) * compute_bytes
     return max(attended + tiles, norm, masks, turns, product)
 
 

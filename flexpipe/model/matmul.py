@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flexpipe.model.cost import CONVERT_ELEMENTS, CONVERT_STEP, RESULT_COLUMNS, RESULT_ROWS
@@ -32,6 +33,13 @@ from flexpipe.model.workspace import Workspace
 _MIN_ELEMENTS = 1 << 18
 # a packed weight's blocks are made from one buffer of this size, and suit any number of rows
 PACK_BYTES = 32 * 2**20
+_FUSED = {
+    None: ("none", ""),
+    "silu": ("swish", ""),
+    "relu": ("relu", ""),
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+}
 _PACK_STEP, _PACK_ROWS = 64, 64
 
 
@@ -133,6 +141,51 @@ def multiply(
         bias = None if bias_O is None else bias_O[columns]
         _multiply(x_TI, converted, bias, out_TO[:, columns], add=add)
     ws.release(mark)
+
+
+def activated(
+    x_TI: Tensor,
+    weight_OI: Weight | None,
+    bias_O: Tensor | None,
+    activation: str | None,
+    ws: Workspace,
+) -> Tensor:
+    """The activation of x weight^T + bias, [T, O], good until the workspace's mark is released.
+
+    It lies where the kernel puts it, if that is one small block, activated on the way; else in the
+    workspace. `activation` is one of `ModelConfig`'s, or None.
+    """
+    assert weight_OI is not None
+    num_tokens, num_out = x_TI.shape[0], weight_OI.shape[0]
+    whole = _in_one_block(x_TI, weight_OI)
+    if whole is not None:
+        name, variant = _FUSED[activation]
+        bias_O = None if bias_O is None else bias_O.to(x_TI.dtype)
+        linear = torch.ops.mkldnn._linear_pointwise
+        made: Tensor = linear(x_TI, whole, bias_O, name, [], variant)
+        return made
+    out = ws.take((num_tokens, num_out), x_TI.dtype)
+    multiply(x_TI, weight_OI, bias_O, out, ws)
+    match activation:
+        case "silu":
+            F.silu(out, inplace=True)
+        case "relu":
+            out.relu_()
+        case "gelu":
+            torch.ops.aten.gelu_(out, approximate="none")
+        case "gelu_tanh":
+            torch.ops.aten.gelu_(out, approximate="tanh")
+    return out
+
+
+def _in_one_block(x_TI: Tensor, weight_OI: Weight) -> Tensor | None:
+    """The weight as oneDNN takes it, if the product is a single small block of its."""
+    if x_TI.shape[0] > RESULT_ROWS or weight_OI.shape[0] > RESULT_COLUMNS:
+        return None
+    if isinstance(weight_OI, PackedWeight):
+        return weight_OI.blocks[0][1] if len(weight_OI.blocks) == 1 else None
+    same = weight_OI.dtype == x_TI.dtype
+    return weight_OI if same and _suits_onednn(x_TI, weight_OI) else None
 
 
 def _convert_step(num_out: int, num_in: int) -> int:

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from flexpipe.model.batch import Batch, Piece, RopeTable, RowSpan
 from flexpipe.model.config import ModelConfig
-from flexpipe.model.cost import NORM_ELEMENTS, NORM_ROWS
-from flexpipe.model.matmul import Weight, multiply
+from flexpipe.model.cost import NORM_ELEMENTS, NORM_ROWS, RESULT_ROWS
+from flexpipe.model.matmul import Weight, activated, multiply
 from flexpipe.model.workspace import Workspace
 
 __all__ = [
@@ -229,22 +229,30 @@ def out(
 
 
 def mlp(hidden_TH: Tensor, weights: LayerWeights, config: ModelConfig, ws: Workspace) -> None:
-    """Adds the MLP of the hidden states to them."""
-    shape, dtype = (hidden_TH.shape[0], config.ffn_size), hidden_TH.dtype
+    """Adds the MLP of the hidden states to them.
+
+    On a CPU a few tokens at a time, whose wide states then stay in the caches, unless that would
+    convert the weights again and again.
+    """
+    num_tokens = hidden_TH.shape[0]
+    assert weights.up_proj is not None
+    stays = hidden_TH.is_cpu and weights.up_proj.dtype == hidden_TH.dtype
+    step = RESULT_ROWS if stays else num_tokens
+    for first in range(0, num_tokens, step):
+        _mlp(hidden_TH[first : first + step], weights, config, ws)
+
+
+def _mlp(hidden_TH: Tensor, weights: LayerWeights, config: ModelConfig, ws: Workspace) -> None:
     mark = ws.mark()
-    wide = ws.take(shape, dtype)
-    gate = ws.take(shape, dtype) if config.gated_mlp else wide
-    x_TH, inner = hidden_TH, ws.mark()
+    x_TH = hidden_TH
     if not config.post_norm:
-        x_TH = ws.take(tuple(hidden_TH.shape), dtype)
+        x_TH = ws.take(tuple(hidden_TH.shape), hidden_TH.dtype)
         _norm(hidden_TH, weights.mlp_norm, weights.mlp_norm_bias, x_TH, config, ws)
-    multiply(x_TH, weights.up_proj, weights.up_bias, wide, ws)
     if config.gated_mlp:
-        multiply(x_TH, weights.gate_proj, weights.gate_bias, gate, ws)
-    ws.release(inner)
-    _activate(gate, config)
-    if config.gated_mlp:
-        wide.mul_(gate)
+        wide = activated(x_TH, weights.gate_proj, weights.gate_bias, config.activation, ws)
+        wide.mul_(activated(x_TH, weights.up_proj, weights.up_bias, None, ws))
+    else:
+        wide = activated(x_TH, weights.up_proj, weights.up_bias, config.activation, ws)
     multiply(wide, weights.down_proj, weights.down_bias, hidden_TH, ws, add=True)
     if config.post_norm:
         _norm(hidden_TH, weights.mlp_norm, weights.mlp_norm_bias, hidden_TH, config, ws)
@@ -374,15 +382,3 @@ def _layer_norm(
     for first in range(0, x_TH.shape[0], step):
         part = x_TH[first : first + step]
         out_TH[first : first + step].copy_(F.layer_norm(part, (size,), weight_H, bias_H, eps))
-
-
-def _activate(x: Tensor, config: ModelConfig) -> None:
-    match config.activation:
-        case "silu":
-            F.silu(x, inplace=True)
-        case "relu":
-            x.relu_()
-        case "gelu":
-            torch.ops.aten.gelu_(x, approximate="none")
-        case "gelu_tanh":
-            torch.ops.aten.gelu_(x, approximate="tanh")

@@ -163,6 +163,31 @@ def test_packed_weights_multiply_like_plain_ones(num_out, num_in, num_rows):
     torch.testing.assert_close(target.double(), expected, rtol=0, atol=5e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", [None, "silu", "relu", "gelu", "gelu_tanh"])
+def test_activated_products_agree_wherever_they_are_made(activation, dtype, monkeypatch):
+    """Fused in oneDNN's kernel for few tokens, afterwards for more."""
+    monkeypatch.setattr(matmul, "_MIN_ELEMENTS", 0)
+    monkeypatch.setattr(matmul, "RESULT_ROWS", 16)
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(40, 24, generator=generator), torch.randn(50, 24, generator=generator)
+    x, weight = x.to(dtype), weight.to(dtype)
+    bias = torch.randn(50, generator=generator).bfloat16()
+    functions = {
+        None: lambda t: t,
+        "silu": torch.nn.functional.silu,
+        "relu": torch.relu,
+        "gelu": torch.nn.functional.gelu,
+        "gelu_tanh": lambda t: torch.nn.functional.gelu(t, approximate="tanh"),
+    }
+    expected = functions[activation](x.double() @ weight.double().t() + bias.double())
+    ws = Workspace(torch.empty(1 << 16, dtype=torch.uint8))
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.1}[dtype]
+    for tokens in (slice(0, 9), slice(0, 40)):
+        made = matmul.activated(x[tokens], weight, bias, activation, ws)
+        torch.testing.assert_close(made.double(), expected[tokens], rtol=0, atol=tolerance)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_onednn_serves_every_family(variant, hf_checkpoint, monkeypatch):
     path = hf_checkpoint(variant)
