@@ -1,8 +1,9 @@
 """Which kernel multiplies by a weight fastest, and what does conversion on the way cost?
 
-Rates of a product [rows, I] x [O, I]^T in float32, in GFLOP/s, by number of rows: torch.mm (MKL),
+Rates of a product [rows, I] x [O, I]^T in GFLOP/s, by number of rows. In float32: torch.mm (MKL),
 oneDNN on the weight as it lies, oneDNN on a weight packed before, and a bfloat16 weight converted
-slice by slice. Weights are taken in turn from a set larger than the caches, as layers do.
+slice by slice. In bfloat16: torch.mm, and a packed weight. Weights are taken in turn from a set
+larger than the caches, as layers do.
 
     PYTHONPATH=. python benchmarks/matmul.py [--json FILE] [--rounds 5]
 """
@@ -43,11 +44,14 @@ def kernels(shape: tuple[int, int]) -> dict[str, Callable[[Tensor, Tensor], obje
         return lambda x, out: matmul.multiply(x, next(weights), None, out, ws)
 
     turn = cycle(plain)
+    packed_narrow = [_packed(weight, buffer) for weight in narrow]
     return {
         "torch.mm": lambda x, out: torch.mm(x, next(turn).t(), out=out),
         "oneDNN": ours(cycle(plain)),
         "packed": ours(cycle(packed)),
         "from bfloat16": ours(cycle(narrow)),
+        "bfloat16": ours(cycle(narrow)),
+        "bfloat16 packed": ours(cycle(packed_narrow)),
     }
 
 
@@ -61,10 +65,12 @@ def _packed(weight: Tensor, buffer: Tensor) -> matmul.PackedWeight:
 def measure(shape: tuple[int, int], rounds: int) -> Iterator[dict[str, Any]]:
     made = kernels(shape)
     for rows in ROWS:
-        x, out = torch.randn(rows, shape[1]), torch.empty(rows, shape[0])
+        wide = torch.randn(rows, shape[1]), torch.empty(rows, shape[0])
+        narrow = wide[0].bfloat16(), wide[1].bfloat16()
         times: dict[str, list[float]] = {name: [] for name in made}
         for number in range(rounds + 1):
             for name, run in made.items():
+                x, out = narrow if name.startswith("bfloat16") else wide
                 start = time.perf_counter()
                 run(x, out)
                 if number:  # the first makes kernels for this shape
