@@ -108,6 +108,7 @@ class BenchReport:
 
     model: str
     device: str
+    compute_dtype: str
     seed: int
     workload: Workload
     policy: Mapping[str, Any]
@@ -135,6 +136,7 @@ class BenchReport:
         return {
             "model": self.model,
             "device": self.device,
+            "compute_dtype": self.compute_dtype,
             "version": __version__,
             "seed": self.seed,
             **workload,
@@ -172,9 +174,10 @@ class BenchReport:
         rows = [[name, *(_cell(key, run) for key in shown)] for name, run in self._rows()]
         load = self.workload
         parts = [
-            f"**{self.model} on {self.device}**: {load.num_prompts} prompts of {load.prompt_len} "
-            f"random tokens (seed {self.seed}), {load.gen_len} tokens generated for each, EOS "
-            f"ignored; {load.warmup} warm-up, {load.repetitions} repetitions.",
+            f"**{self.model} on {self.device} in {self.compute_dtype}**: {load.num_prompts} "
+            f"prompts of {load.prompt_len} random tokens (seed {self.seed}), {load.gen_len} tokens "
+            f"generated for each, EOS ignored; {load.warmup} warm-up, "
+            f"{load.repetitions} repetitions.",
             f"`{_options(self.policy)}`",
             _table(["repetition", *map(_head, shown)], rows),
             f"Output tokens, the same in all runs: sha256 `{self.output_sha256}`",
@@ -204,6 +207,7 @@ def measure(spec: JobSpec, workload: Workload) -> BenchReport:
     return BenchReport(
         model=spec.model,
         device=counted[-1].device,
+        compute_dtype=counted[-1].compute_dtype,
         seed=spec.seed,
         workload=workload,
         policy=counted[-1].policy,

@@ -291,14 +291,17 @@ class _Cutter:
         if self._call_keys is None:
             yield group
             return
-        start = longest = padding = 0
+        start = padding = useful = 0
+        shortest = longest = group.spans[0].length
         for row, span in enumerate(group.spans):
-            keys = span.length if window is None else min(span.length, window)
-            padded = padding + max(0, keys - longest) * (row - start) + max(0, longest - keys)
+            seen = span.length if window is None else min(span.length, window)
+            low, high = min(shortest, span.length), max(longest, span.length)
+            oldest = 0 if window is None else max(0, low - window)
+            padded = (row - start + 1) * (high - oldest) - useful - seen
             if row > start and padded - padding > self._call_keys:
                 yield group.part(start, row)
-                start, longest, padded = row, 0, 0
-            padding, longest = padded, max(longest, keys)
+                start, low, high, padded, useful = row, span.length, span.length, 0, 0
+            shortest, longest, padding, useful = low, high, padded, useful + seen
         yield group.part(start, len(group.spans))
 
     def _decode(self, group: Group, window: int | None) -> Piece:

@@ -224,6 +224,7 @@ def test_only_repetitions_count_and_only_the_last_is_traced(
     asked = spec(model, tmp_path, trace_path=tmp_path / "t.json")
     report = measure(asked, Workload(**SMALL, warmup=2, repetitions=3))
     assert len(report.repetitions) == 3 and len(specs) == 5
+    assert report.to_dict()["compute_dtype"] == "float32"
     assert [bool(spec.trace_path) for spec in specs] == [False] * 4 + [True]
     assert all(spec.ignore_eos and spec.max_tokens == 5 and spec.overwrite for spec in specs)
 

@@ -247,12 +247,18 @@ runs_of_spans = st.lists(st.lists(spans, min_size=1, max_size=4), min_size=1, ma
 
 
 @settings(max_examples=60, deadline=None)
-@given(runs_of_spans, st.sampled_from([0, 1]), st.sampled_from([2, 256]))
-def test_attention_is_exact_for_any_mix_of_rows(runs, layer, block):
+@given(
+    runs_of_spans,
+    st.sampled_from([0, 1]),
+    st.sampled_from([2, 256]),
+    st.sampled_from([1, 2048, 1 << 19]),
+)
+def test_attention_is_exact_for_any_mix_of_rows(runs, layer, block, call_bytes):
     generator = torch.Generator().manual_seed(0)
     config, region = QWEN3, 24
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batch_module, "MASK_BLOCK", block)
+        patch.setattr(batch_module, "_CALL_BYTES", call_bytes)
         batch = build(runs)
     q_TND = torch.randn(batch.num_tokens, 4, 32, generator=generator)
     new_T2KD = torch.randn(batch.num_tokens, 2, 2, 32, generator=generator)
@@ -281,6 +287,19 @@ def test_rows_that_decode_side_by_side_share_one_call():
     batch = build([[RowSpan(n, 1) for n in (3, 8, 5)], [RowSpan(2, 1)]])
     assert [piece.num_rows for piece in batch.pieces[None]] == [3, 1]
     assert [piece.mask is None for piece in batch.pieces[None]] == [False, True]
+
+
+def test_decoding_rows_part_where_padding_costs_more_than_a_call(monkeypatch):
+    """A call is worth 4 keys here; a row of 30 among short ones pads 27, four of 9 to 10 pad 1."""
+    token_bytes = 2 * QWEN3.num_kv_heads * QWEN3.head_dim * 4
+    monkeypatch.setattr(batch_module, "_CALL_BYTES", 4 * token_bytes)
+    batch = build([[RowSpan(n, 1) for n in (3, 30, 4, 9, 10, 9)]])
+    bounds = [(0, 1), (1, 2), (2, 3), (3, 6)]
+    keys = {None: [(0, 4), (0, 31), (0, 5), (0, 11)], 5: [(0, 4), (26, 31), (0, 5), (5, 11)]}
+    for window, pieces in batch.pieces.items():
+        assert [(piece.rows.start, piece.rows.stop) for piece in pieces] == bounds
+        assert [(piece.tokens.start, piece.tokens.stop) for piece in pieces] == bounds
+        assert [(piece.keys.start, piece.keys.stop) for piece in pieces] == keys[window]
 
 
 def test_decoding_rows_of_equal_length_need_no_mask():
