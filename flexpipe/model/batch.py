@@ -3,9 +3,9 @@
 Tokens are packed without padding: the new tokens of a micro-batch's rows, one row behind another.
 Rows come in *runs*, whose KV regions are adjacent, so that one tensor per run and layer reaches
 them all. Attention is cut into *pieces*, one kernel call each: rows that decode side by side are
-one piece as long as reading the shorter ones' padding costs less than another call, new rows of
-equal length are one, and a chunk behind a context or under a window is cut into blocks of queries,
-which share one mask however long the context is.
+one piece, with a mask where the kernel reads all up to the longest; new rows of equal length are
+one, and a chunk behind a context or under a window is cut into blocks of queries, which share one
+mask however long the context is.
 
 Invariant: every new token is a query of exactly one piece per window, and no piece attends past
 what `append_kv` has written.
@@ -22,15 +22,12 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from flexpipe.kernels.attend import KvRows, runs_here
 from flexpipe.model.config import ModelConfig, RopeConfig
 from flexpipe.model.cost import MASK_BLOCK, distinct_windows
 from flexpipe.model.rope import inverse_frequencies
 
 __all__ = ["Batch", "Piece", "RopeTable", "RowSpan", "Write"]
-
-# bytes of padding a CPU reads in the time of one more attention call (40 us at 12 GB/s); an
-# accelerator would rather read a lot than launch more kernels
-_CALL_BYTES = 1 << 19
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +89,7 @@ class Piece:
     keys: slice
     causal: bool = False
     mask: Tensor | None = None
+    ragged: KvRows | None = None  # decoding rows, each read as far as it goes
 
     @property
     def num_rows(self) -> int:
@@ -118,11 +116,6 @@ class Group:
     @property
     def tokens(self) -> slice:
         return slice(self.first_token, self.first_token + len(self.spans) * self.num_new)
-
-    def part(self, first: int, last: int) -> Group:
-        """Rows `first` to `last` of a group that decodes."""
-        spans = self.spans[first:last]
-        return Group(self.run, self.first_row + first, self.first_token + first, spans)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,9 +153,7 @@ class Batch:
         merge = index.device.type == "cpu" or config.num_heads == config.num_kv_heads
         groups = tuple(_groups(runs, merge))
         cos, sin = rope.turns(positions, compute_dtype) if rope else (None, None)
-        token_bytes = 2 * config.num_kv_heads * config.head_dim * compute_dtype.itemsize
-        call_keys = _CALL_BYTES // token_bytes if index.device.type == "cpu" else None
-        cutter = _Cutter(positions, compute_dtype, call_keys)
+        cutter = _Cutter(positions, compute_dtype)
         return cls(
             num_tokens=num_tokens,
             num_rows=len(spans),
@@ -243,11 +234,10 @@ def _write(group: Group, positions_T: Tensor, arange_R: Tensor) -> Write:
 class _Cutter:
     """Cuts groups into pieces; blocks under one window share their mask."""
 
-    def __init__(self, positions_T: Tensor, dtype: torch.dtype, call_keys: int | None) -> None:
-        """`call_keys` is the padding, in keys, that is worth a call; None if any is."""
+    def __init__(self, positions_T: Tensor, dtype: torch.dtype) -> None:
         self._positions_T = positions_T
         self._dtype = dtype
-        self._call_keys = call_keys
+        self._ragged = runs_here(positions_T.device)
 
     def pieces(self, groups: Sequence[Group], window: int | None) -> Iterator[Piece]:
         cut = [piece for group in groups for piece in self._cut(group, window)]
@@ -258,8 +248,7 @@ class _Cutter:
 
     def _cut(self, group: Group, window: int | None) -> Iterator[Piece]:
         if group.num_new == 1:
-            for alike in self._alike(group, window):
-                yield self._decode(alike, window)
+            yield self._decode(group, window)
             return
         context, num_new = group.spans[0].num_context, group.num_new
         start = 0
@@ -286,30 +275,14 @@ class _Cutter:
                 slice(oldest, context + last),
             )
 
-    def _alike(self, group: Group, window: int | None) -> Iterator[Group]:
-        """Neighbours whose lengths differ so little that their padding is worth no call."""
-        if self._call_keys is None:
-            yield group
-            return
-        start = padding = useful = 0
-        shortest = longest = group.spans[0].length
-        for row, span in enumerate(group.spans):
-            seen = span.length if window is None else min(span.length, window)
-            low, high = min(shortest, span.length), max(longest, span.length)
-            oldest = 0 if window is None else max(0, low - window)
-            padded = (row - start + 1) * (high - oldest) - useful - seen
-            if row > start and padded - padding > self._call_keys:
-                yield group.part(start, row)
-                start, low, high, padded, useful = row, span.length, span.length, 0, 0
-            shortest, longest, padding, useful = low, high, padded, useful + seen
-        yield group.part(start, len(group.spans))
-
     def _decode(self, group: Group, window: int | None) -> Piece:
         lengths = [span.length for span in group.spans]
         shortest, longest = min(lengths), max(lengths)
         oldest = 0 if window is None else max(0, shortest - window)
-        mask = None
-        if shortest != longest:
+        mask = ragged = None
+        if self._ragged:
+            ragged = _ragged(lengths, window)
+        elif shortest != longest:
             last_R1 = self._positions_T[group.tokens].unsqueeze(1)
             keys_L = torch.arange(oldest, longest, device=last_R1.device)
             hidden_RL = keys_L > last_R1
@@ -317,7 +290,14 @@ class _Cutter:
                 hidden_RL |= keys_L <= last_R1 - window
             mask = self._mask(hidden_RL)[:, None, None, :]
         return Piece(
-            group.run, group.rows, group.tokens, 1, slice(0, 1), slice(oldest, longest), mask=mask
+            group.run,
+            group.rows,
+            group.tokens,
+            1,
+            slice(0, 1),
+            slice(oldest, longest),
+            mask=mask,
+            ragged=ragged,
         )
 
     def _band(self, pieces: Sequence[Piece], window: int | None) -> Tensor:
@@ -333,6 +313,12 @@ class _Cutter:
     def _mask(self, hidden: Tensor) -> Tensor:
         mask = torch.zeros(hidden.shape, dtype=self._dtype, device=hidden.device)
         return mask.masked_fill_(hidden, float("-inf"))
+
+
+def _ragged(lengths: Sequence[int], window: int | None) -> KvRows:
+    length_R = torch.tensor(lengths)
+    count_R = length_R if window is None else length_R.clamp(max=window)
+    return KvRows(length_R - count_R, count_R, count_R.argsort(descending=True))
 
 
 def _num_queries(piece: Piece) -> int:

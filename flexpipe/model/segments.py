@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexpipe.kernels.attend import attend_rows
 from flexpipe.model.batch import Batch, Piece, RopeTable, RowSpan
 from flexpipe.model.config import ModelConfig
 from flexpipe.model.cost import NORM_ELEMENTS, NORM_ROWS, RESULT_ROWS
@@ -211,6 +212,9 @@ def attend(
 ) -> Tensor:
     """Attention over each row's cache, [T, A]; the result takes the place of the queries."""
     for piece in batch.pieces[config.window(layer)]:
+        if piece.ragged is not None:
+            attend_rows(q_TND[piece.tokens], kvs[piece.run][piece.rows], piece.ragged, None)
+            continue
         kv_RL2KD = kvs[piece.run][piece.rows, piece.keys]
         if kv_RL2KD.dtype == q_TND.dtype:
             _attend_piece(q_TND[piece.tokens], kv_RL2KD, piece, config)

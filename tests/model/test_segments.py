@@ -251,14 +251,15 @@ runs_of_spans = st.lists(st.lists(spans, min_size=1, max_size=4), min_size=1, ma
     runs_of_spans,
     st.sampled_from([0, 1]),
     st.sampled_from([2, 256]),
-    st.sampled_from([1, 2048, 1 << 19]),
+    st.booleans(),
 )
-def test_attention_is_exact_for_any_mix_of_rows(runs, layer, block, call_bytes):
+def test_attention_is_exact_for_any_mix_of_rows(runs, layer, block, ragged):
     generator = torch.Generator().manual_seed(0)
     config, region = QWEN3, 24
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batch_module, "MASK_BLOCK", block)
-        patch.setattr(batch_module, "_CALL_BYTES", call_bytes)
+        if not ragged:
+            patch.setattr(batch_module, "runs_here", lambda device: False)
         batch = build(runs)
     q_TND = torch.randn(batch.num_tokens, 4, 32, generator=generator)
     new_T2KD = torch.randn(batch.num_tokens, 2, 2, 32, generator=generator)
@@ -283,26 +284,27 @@ def test_attention_is_exact_for_any_mix_of_rows(runs, layer, block, call_bytes):
                 )
 
 
-def test_rows_that_decode_side_by_side_share_one_call():
+@pytest.mark.parametrize("ragged", [False, True])
+def test_rows_that_decode_side_by_side_share_one_call(monkeypatch, ragged):
+    monkeypatch.setattr(batch_module, "runs_here", lambda device: ragged)
     batch = build([[RowSpan(n, 1) for n in (3, 8, 5)], [RowSpan(2, 1)]])
     assert [piece.num_rows for piece in batch.pieces[None]] == [3, 1]
-    assert [piece.mask is None for piece in batch.pieces[None]] == [False, True]
+    assert [piece.mask is None for piece in batch.pieces[None]] == [ragged, True]
+    for piece in batch.pieces[None]:
+        assert (piece.ragged is not None) == ragged
 
 
-def test_decoding_rows_part_where_padding_costs_more_than_a_call(monkeypatch):
-    """A call is worth 4 keys here; a row of 30 among short ones pads 27, four of 9 to 10 pad 1."""
-    token_bytes = 2 * QWEN3.num_kv_heads * QWEN3.head_dim * 4
-    monkeypatch.setattr(batch_module, "_CALL_BYTES", 4 * token_bytes)
-    batch = build([[RowSpan(n, 1) for n in (3, 30, 4, 9, 10, 9)]])
-    bounds = [(0, 1), (1, 2), (2, 3), (3, 6)]
-    keys = {None: [(0, 4), (0, 31), (0, 5), (0, 11)], 5: [(0, 4), (26, 31), (0, 5), (5, 11)]}
-    for window, pieces in batch.pieces.items():
-        assert [(piece.rows.start, piece.rows.stop) for piece in pieces] == bounds
-        assert [(piece.tokens.start, piece.tokens.stop) for piece in pieces] == bounds
-        assert [(piece.keys.start, piece.keys.stop) for piece in pieces] == keys[window]
+def test_ragged_rows_name_the_keys_each_of_them_sees(monkeypatch):
+    monkeypatch.setattr(batch_module, "runs_here", lambda device: True)
+    batch = build([[RowSpan(n, 1) for n in (3, 8, 5)]])
+    whole, windowed = batch.pieces[None][0].ragged, batch.pieces[5][0].ragged
+    assert whole.first_R.tolist() == [0, 0, 0] and whole.count_R.tolist() == [4, 9, 6]
+    assert windowed.first_R.tolist() == [0, 4, 1] and windowed.count_R.tolist() == [4, 5, 5]
+    assert whole.order_R.tolist() == [1, 2, 0]  # longest first: no thread waits for the last row
 
 
-def test_decoding_rows_of_equal_length_need_no_mask():
+def test_decoding_rows_of_equal_length_need_no_mask(monkeypatch):
+    monkeypatch.setattr(batch_module, "runs_here", lambda device: False)
     for pieces in build([[RowSpan(9, 1)] * 4]).pieces.values():
         (piece,) = pieces
         assert piece.mask is None and piece.num_rows == 4
@@ -346,7 +348,8 @@ def kernels() -> Iterator[set[str]]:
         [[RowSpan(8, 1), RowSpan(12, 1)]],
     ],
 )
-def test_attention_runs_in_the_flash_kernel_without_copies_of_the_cache(runs):
+def test_attention_runs_in_the_flash_kernel_without_copies_of_the_cache(monkeypatch, runs):
+    monkeypatch.setattr(batch_module, "runs_here", lambda device: False)
     batch = build(runs)
     kvs = [torch.randn(len(run), 64, 2, 2, 32) for run in runs]
     q_TND = torch.randn(batch.num_tokens, 4, 32)

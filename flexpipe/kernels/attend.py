@@ -1,0 +1,342 @@
+"""Attention of decoding rows over their KV cache, in place, on a CPU.
+
+One query token per row: every key and value is read once, so the memory's bandwidth is the bound.
+torch's kernel reads a group's keys once for each of its query heads and gets a fraction of it
+(benchmarks/decode_attention.py). Here a thread takes a row and goes through its cache block by
+block, a block being as many tokens as a vector has lanes: the next block is prefetched in one
+sweep, keys are transposed in registers so that one vector holds the scores of a block, the softmax
+is the running one of Milakov and Gimelshein (arXiv 1805.02867), moved to a new maximum only when
+scores outgrow the old one by 2^8, and all query heads of a group share what was read.
+
+Arithmetic is float32 whatever the dtype of the cache. Compressed caches are widened on the fly.
+
+Shapes: R rows, L tokens of a row's region, K KV heads, G query heads to each, D head_dim.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexpipe.kernels import team
+from flexpipe.kernels.emit import BYTE, F32, I64, Emitter, Value
+from flexpipe.plan.codec import Codec, Segment
+
+__all__ = ["KvRows", "attend_rows", "runs_here"]
+
+_MOST_LANES = 16
+_ACCUMULATORS = 16  # vectors that stay in registers
+_HEADS_AT_ONCE = 8
+_SLACK = 8.0  # scores may exceed the running maximum by this power of two
+_NOTHING = -1e30
+_CACHE_LINE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class KvRows:
+    """Which part of which rows' caches is attended, for one kernel call.
+
+    `kv_RL2K` is the cache of R rows [R, L, 2, K, D], or compressed [R, L, 2, K, row bytes], uint8.
+    Row r sees `count_R[r]` tokens from `first_R[r]` on, at least one; `order_R` is the order in
+    which threads take the rows: the longest first. All three are int64 on the CPU.
+    """
+
+    first_R: Tensor
+    count_R: Tensor
+    order_R: Tensor
+
+
+def runs_here(device: torch.device) -> bool:
+    """Whether `attend_rows` serves a compute device."""
+    return device.type == "cpu" and team.available()
+
+
+def attend_rows(q_RND: Tensor, kv_RL2K: Tensor, rows: KvRows, codec: Codec | None) -> None:
+    """Replaces each row's queries by what they attend to.
+
+    `q_RND` may have gaps between its rows, `kv_RL2K` too; heads and tokens are packed.
+    """
+    num_rows, num_q, dim = q_RND.shape
+    num_kv = kv_RL2K.shape[3]
+    shape = _Shape(
+        num_kv_heads=num_kv,
+        group=num_q // num_kv,
+        head_dim=dim,
+        q_dtype=_name(q_RND),
+        kv_dtype=None if codec else _name(kv_RL2K),
+        codec=codec,
+    )
+    assert q_RND.stride()[1:] == (dim, 1)
+    assert kv_RL2K[0].is_contiguous(), "a row's tokens must lie side by side"
+    counter = torch.zeros(1, dtype=torch.int64)
+    _kernel(shape).run(
+        [
+            q_RND.data_ptr(),
+            kv_RL2K.data_ptr(),
+            rows.first_R.data_ptr(),
+            rows.count_R.data_ptr(),
+            rows.order_R.data_ptr(),
+            counter.data_ptr(),
+            q_RND.stride(0) * q_RND.element_size(),
+            kv_RL2K.stride(0) * kv_RL2K.element_size(),
+            num_rows,
+        ]
+    )
+
+
+def _name(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shape:
+    """What a kernel is compiled for."""
+
+    num_kv_heads: int
+    group: int
+    head_dim: int
+    q_dtype: str
+    kv_dtype: str | None  # None if compressed
+    codec: Codec | None
+
+    @property
+    def item_bytes(self) -> int:
+        return 1 if self.codec else {"float32": 4}.get(self.kv_dtype or "", 2)
+
+    @property
+    def head_bytes(self) -> int:
+        if self.codec:
+            return self.codec.row_bytes(self.head_dim)
+        return self.head_dim * self.item_bytes
+
+    @property
+    def token_bytes(self) -> int:
+        return 2 * self.num_kv_heads * self.head_bytes
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        if self.codec:
+            return self.codec.segments(self.head_dim)
+        return (Segment(start=0, stop=self.head_dim, byte=0, shift=0, group=0),)
+
+    @property
+    def lanes(self) -> int:
+        """A power of two that divides all segments."""
+        edges = [edge for segment in self.segments for edge in (segment.start, segment.stop)]
+        return math.gcd(_MOST_LANES, *edges)
+
+
+@functools.cache
+def _kernel(shape: _Shape) -> team.Kernel:
+    return team.Kernel("attend", _Attend(shape).text())
+
+
+class _Attend:
+    """The loops of one kernel; methods are its parts, from the outside in."""
+
+    def __init__(self, shape: _Shape) -> None:
+        self._shape = shape
+        self._e = e = Emitter("attend", shape.lanes)
+        heads, dim = shape.num_kv_heads * shape.group, shape.head_dim
+        self._num_heads = heads
+        self._queries = e.room(F32, heads * dim)
+        self._sums = e.room(F32, heads * dim)
+        self._largest = e.room(F32, heads)
+        self._weight = e.room(e.vector, heads)  # of the softmax, lane by lane
+        self._scores = e.room(e.vector, shape.group)
+        self._offsets = e.room(I64, e.width)
+
+    def text(self) -> str:
+        e, shape = self._e, self._shape
+        q, kv, first, count, order, counter, q_stride, kv_stride, num_rows = e.fields(9)
+        with e.shared_items(e.pointer(counter), num_rows) as item:
+            row = e.load(e.at(e.pointer(order), item, I64), I64)
+            start = e.load(e.at(e.pointer(first), row, I64), I64)
+            num_tokens = e.load(e.at(e.pointer(count), row, I64), I64)
+            query = e.at(e.pointer(q), e.builder.mul(row, q_stride), BYTE)
+            cache = e.at(e.pointer(kv), e.builder.mul(row, kv_stride), BYTE)
+            cache = e.at(cache, e.linear((start, shape.token_bytes)), BYTE)
+            self._begin(query)
+            with e.loop(e.number(0), num_tokens, e.width) as token:
+                block = e.at(cache, e.linear((token, shape.token_bytes)), BYTE)
+                self._block(block, e.smaller(e.builder.sub(num_tokens, token), e.number(e.width)))
+            self._finish(query)
+        return e.text()
+
+    def _begin(self, query: Value) -> None:
+        """Scaled queries in float32; nothing attended yet. Scores are powers of two."""
+        e, size = self._e, self._num_heads * self._shape.head_dim
+        scale = e.constant(math.log2(math.e) / math.sqrt(self._shape.head_dim))
+        item = 4 if self._shape.q_dtype == "float32" else 2
+        with e.loop(e.number(0), e.number(size), e.width) as index:
+            wide = e.load_floats(e.at(query, e.linear((index, item)), BYTE), self._shape.q_dtype)
+            e.store(e.builder.fmul(wide, scale), e.at(self._queries, index, F32))
+            e.store(e.constant(0.0), e.at(self._sums, index, F32))
+        with e.loop(e.number(0), e.number(self._num_heads)) as head:
+            e.store(F32(_NOTHING), e.at(self._largest, head, F32))
+            e.store(e.constant(0.0), e.at(self._weight, head, e.vector))
+
+    def _finish(self, query: Value) -> None:
+        e, dim = self._e, self._shape.head_dim
+        item = 4 if self._shape.q_dtype == "float32" else 2
+        with e.loop(e.number(0), e.number(self._num_heads)) as head:
+            weight = e.total(e.load(e.at(self._weight, head, e.vector), e.vector))
+            inverse = e.splat(e.builder.fdiv(F32(1.0), weight))
+            with e.loop(e.number(0), e.number(dim), e.width) as index:
+                place = e.linear((head, dim), (index, 1))
+                mean = e.builder.fmul(e.load(e.at(self._sums, place, F32), e.vector), inverse)
+                target = e.at(query, e.linear((place, item)), BYTE)
+                e.store_floats(mean, target, self._shape.q_dtype)
+
+    def _block(self, block: Value, num_tokens: Value) -> None:
+        """`width` tokens of all heads, or the `num_tokens` that are left."""
+        e, shape = self._e, self._shape
+        last = e.builder.sub(num_tokens, e.number(1))
+        for lane in range(e.width):  # lanes without a token read the last one again
+            token = e.smaller(e.number(lane), last)
+            e.store(e.linear((token, shape.token_bytes)), e.at(self._offsets, lane, I64))
+        with e.loop(e.number(0), e.number(shape.num_kv_heads)) as head:
+            keys = e.at(block, e.linear((head, shape.head_bytes)), BYTE)
+            share = e.width * shape.token_bytes // shape.num_kv_heads
+            ahead = e.linear((e.number(1), e.width * shape.token_bytes), (head, share))
+            values = e.at(keys, shape.num_kv_heads * shape.head_bytes, BYTE)
+            for heads in self._heads_at_once():
+                self._score(keys, head, heads, num_tokens, e.at(block, ahead, BYTE))
+                for query in heads:
+                    self._weigh(head, query)
+                self._add_values(values, head, heads, num_tokens)
+
+    def _heads_at_once(self) -> Iterator[range]:
+        group = self._shape.group
+        for first in range(0, group, _HEADS_AT_ONCE):
+            yield range(first, min(first + _HEADS_AT_ONCE, group))
+
+    def _score(
+        self, keys: Value, head: Value, heads: range, num_tokens: Value, ahead: Value
+    ) -> None:
+        """Scores of a block, one lane per token, for some query heads of a KV head."""
+        e, dim = self._e, self._shape.head_dim
+        sums = {query: e.room(e.vector) for query in heads}
+        for room in sums.values():
+            e.store(e.constant(0.0), room)
+        for segment in self._shape.segments:
+            params = [self._params(self._token(keys, lane), segment) for lane in range(e.width)]
+            with e.loop(e.number(0), e.number(segment.stop - segment.start), e.width) as index:
+                rows = [
+                    self._numbers(self._token(keys, lane), segment, index, params[lane])
+                    for lane in range(e.width)
+                ]
+                columns = e.transposed(rows)
+                if heads.start == 0:
+                    self._prefetch(ahead, e.builder.add(index, e.number(segment.start)))
+                added = {query: e.load(room, e.vector) for query, room in sums.items()}
+                for place, column in enumerate(columns):
+                    for query in heads:
+                        at = e.linear((head, self._shape.group * dim), (index, 1))
+                        at = e.builder.add(at, e.number(query * dim + segment.start + place))
+                        factor = e.splat(e.load(e.at(self._queries, at, F32), F32))
+                        added[query] = e.multiply_add(column, factor, added[query])
+                for query, room in sums.items():
+                    e.store(added[query], room)
+        visible = e.builder.icmp_signed("<", e.lanes(), e.splat(num_tokens))
+        for query, room in sums.items():
+            score = e.builder.select(visible, e.load(room, e.vector), e.constant(_NOTHING))
+            e.store(score, e.at(self._scores, query, e.vector))
+
+    def _prefetch(self, ahead: Value, index: Value) -> None:
+        """A share of the next block, as neighbours in memory rather than head by head."""
+        e, shape = self._e, self._shape
+        share = 2 * e.width * shape.head_bytes * e.width // shape.head_dim
+        start = e.linear((index, share // e.width))
+        for offset in range(0, share, _CACHE_LINE):
+            e.prefetch(e.at(ahead, e.builder.add(start, e.number(offset)), BYTE))
+
+    def _weigh(self, head: Value, query: int) -> None:
+        """Scores become softmax weights, not yet divided by their sum."""
+        e = self._e
+        index = e.linear((head, self._shape.group), (e.number(query), 1))
+        place = e.at(self._scores, query, e.vector)
+        score = e.load(place, e.vector)
+        largest = e.at(self._largest, index, F32)
+        limit = e.builder.fadd(e.load(largest, F32), F32(_SLACK))
+        outgrown = e.any_lane(e.builder.fcmp_ordered(">", score, e.splat(limit)))
+        with e.builder.if_then(outgrown, likely=False):
+            self._move_largest(index, largest, e.largest(score))
+        weight = e.exp2(e.builder.fsub(score, e.splat(e.load(largest, F32))))
+        e.store(weight, place)
+        total = e.at(self._weight, index, e.vector)
+        e.store(e.builder.fadd(e.load(total, e.vector), weight), total)
+
+    def _move_largest(self, index: Value, largest: Value, value: Value) -> None:
+        """What was summed up under the old maximum is brought under the new one."""
+        e, dim = self._e, self._shape.head_dim
+        factor = e.exp2(e.splat(e.builder.fsub(e.load(largest, F32), value)))
+        e.store(value, largest)
+        total = e.at(self._weight, index, e.vector)
+        e.store(e.builder.fmul(e.load(total, e.vector), factor), total)
+        with e.loop(e.number(0), e.number(dim), e.width) as place:
+            at = e.at(self._sums, e.linear((index, dim), (place, 1)), F32)
+            e.store(e.builder.fmul(e.load(at, e.vector), factor), at)
+
+    def _add_values(self, values: Value, head: Value, heads: range, num_tokens: Value) -> None:
+        e, shape = self._e, self._shape
+        for segment in shape.segments:
+            vectors = (segment.stop - segment.start) // e.width
+            at_once = max(1, min(vectors, _ACCUMULATORS // len(heads)))
+            at_once = max(n for n in range(1, at_once + 1) if vectors % n == 0)
+            with e.loop(e.number(0), e.number(vectors * e.width), at_once * e.width) as index:
+                sums = {}
+                for query in heads:
+                    for part in range(at_once):
+                        at = e.linear((head, shape.group * shape.head_dim), (index, 1))
+                        fixed = query * shape.head_dim + segment.start + part * e.width
+                        at = e.at(self._sums, e.builder.add(at, e.number(fixed)), F32)
+                        sums[query, part] = at, e.room(e.vector)
+                for at, room in sums.values():
+                    e.store(e.load(at, e.vector), room)
+                with e.loop(e.number(0), num_tokens) as token:
+                    row = e.at(values, e.linear((token, shape.token_bytes)), BYTE)
+                    params = self._params(row, segment)
+                    numbers = []
+                    for part in range(at_once):
+                        place = e.builder.add(index, e.number(part * e.width))
+                        numbers.append(self._numbers(row, segment, place, params))
+                    for query in heads:
+                        weights = e.at(self._scores, query, e.vector)
+                        weight = e.splat(e.load(e.at(weights, token, F32), F32))
+                        for part in range(at_once):
+                            room = sums[query, part][1]
+                            added = e.multiply_add(weight, numbers[part], e.load(room, e.vector))
+                            e.store(added, room)
+                for at, room in sums.values():
+                    e.store(e.load(room, e.vector), at)
+
+    def _token(self, keys: Value, lane: int) -> Value:
+        return self._e.at(keys, self._e.load(self._e.at(self._offsets, lane, I64), I64), BYTE)
+
+    def _params(self, row: Value, segment: Segment) -> tuple[Value, Value] | None:
+        """Step and smallest number of a compressed group."""
+        codec = self._shape.codec
+        if codec is None:
+            return None
+        e, at = self._e, codec.code_bytes(self._shape.head_dim) + 4 * segment.group
+        return e.load_half(e.at(row, at, BYTE)), e.load_half(e.at(row, at + 2, BYTE))
+
+    def _numbers(
+        self, row: Value, segment: Segment, index: Value, params: tuple[Value, Value] | None
+    ) -> Value:
+        """A vector of a head's numbers, from `index` of a segment on."""
+        e, shape = self._e, self._shape
+        offset = e.builder.add(e.linear((index, shape.item_bytes)), e.number(segment.byte))
+        place = e.at(row, offset, BYTE)
+        if params is None:
+            assert shape.kv_dtype is not None
+            return e.load_floats(place, shape.kv_dtype)
+        assert shape.codec is not None
+        codes = e.load_codes(place, segment.shift, shape.codec.bits)
+        return e.multiply_add(codes, e.splat(params[0]), e.splat(params[1]))

@@ -1,0 +1,93 @@
+"""The decoding rows' kernel against attention in float64."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexpipe.kernels import team
+from flexpipe.kernels.attend import KvRows, attend_rows, runs_here
+
+pytestmark = pytest.mark.skipif(not team.available(), reason="no llvmlite or no OpenMP here")
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
+dtypes = st.sampled_from(list(TOLERANCE))
+
+
+def reference(q_RND, kv_RL2KD, rows):
+    attended = []
+    for q, kv, first, count in zip(q_RND, kv_RL2KD, rows.first_R, rows.count_R, strict=True):
+        k, v = (
+            kv[first : first + count].double().repeat_interleave(len(q) // kv.shape[2], 2).unbind(1)
+        )
+        scores = torch.einsum("nd,lnd->nl", q.double(), k) / math.sqrt(q.shape[1])
+        attended.append(torch.einsum("nl,lnd->nd", scores.softmax(-1), v))
+    return torch.stack(attended)
+
+
+def some_rows(counts, region, generator):
+    count_R = torch.tensor(counts)
+    first_R = (torch.rand(len(counts), generator=generator) * (region - count_R + 1)).long()
+    return KvRows(first_R, count_R, count_R.argsort(descending=True))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.integers(1, 70), min_size=1, max_size=5),
+    num_kv=st.integers(1, 3),
+    group=st.sampled_from([1, 2, 3, 7, 8, 9, 12]),
+    dim=st.sampled_from([1, 2, 6, 8, 16, 24, 64, 80]),
+    q_dtype=dtypes,
+    kv_dtype=dtypes,
+    scale=st.sampled_from([0.1, 1.0, 30.0]),
+)
+def test_ragged_rows_attend_to_just_their_tokens(
+    counts, num_kv, group, dim, q_dtype, kv_dtype, scale
+):
+    generator = torch.Generator().manual_seed(0)
+    kv = torch.randn(len(counts), 70, 2, num_kv, dim, generator=generator).to(kv_dtype)
+    gaps = torch.randn(len(counts), num_kv * group + 2, dim, generator=generator) * scale
+    q = gaps.to(q_dtype)[:, : num_kv * group]
+    rows = some_rows(counts, 70, generator)
+    expected = reference(q, kv, rows)
+    for row, (first, count) in enumerate(zip(rows.first_R, rows.count_R, strict=True)):
+        kv[row, :first], kv[row, first + count :] = math.nan, math.nan
+    attend_rows(q, kv, rows, None)
+    tolerance = TOLERANCE[q_dtype] * max(1.0, scale)
+    torch.testing.assert_close(q.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_growing_scores_move_the_running_maximum():
+    """Each token's score is far above all before it, then far below: neither may overflow."""
+    kv = torch.ones(2, 64, 2, 1, 16)
+    kv[0, :, 0] *= torch.linspace(-50, 50, 64)[:, None, None]
+    kv[1, :, 0] *= torch.linspace(50, -50, 64)[:, None, None]
+    kv[:, :, 1] = torch.arange(64.0)[:, None, None]
+    q = torch.full((2, 1, 16), 3.0)
+    rows = some_rows([64, 64], 64, torch.Generator())
+    expected = reference(q, kv, rows)
+    attend_rows(q, kv, rows, None)
+    torch.testing.assert_close(q.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_any_number_of_threads_gives_the_same_bits():
+    generator = torch.Generator().manual_seed(0)
+    kv = torch.randn(9, 50, 2, 2, 32, generator=generator)
+    q = torch.randn(9, 8, 32, generator=generator)
+    rows = some_rows([1, 50, 17, 33, 2, 40, 16, 15, 8], 50, generator)
+    results, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(q.clone())
+            attend_rows(results[-1], kv, rows, None)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_only_cpus_run_it():
+    assert runs_here(torch.device("cpu"))
+    assert not runs_here(torch.device("meta"))
