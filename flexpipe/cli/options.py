@@ -18,6 +18,7 @@ from flexpipe.errors import FlexpipeError
 from flexpipe.job.spec import LOAD_FORMATS, TRACE_SUFFIXES
 from flexpipe.plan.hardware import Emulation
 from flexpipe.plan.policy import (
+    COMPRESSIONS,
     COMPUTE_DTYPES,
     OPTION_NAMES,
     RESIDENT_DTYPES,
@@ -55,6 +56,13 @@ def _switch(field: str, help: str) -> Callable[[Command], Command]:
     return _knob(field, bool, help, is_flag=False, flag_value=True, default=None, metavar="[BOOL]")
 
 
+def _bits(field: str, help: str) -> Callable[[Command], Command]:
+    """A compression: the bare option says 4 bits."""
+    help = f"{help}; lossy. [4|8|none, default none; 4 if no number follows]"
+    choice = click.Choice(COMPRESSIONS)
+    return _knob(field, choice, help, is_flag=False, flag_value="4", default=None, metavar="[BITS]")
+
+
 def _size(field: str, help: str) -> Callable[[Command], Command]:
     return _knob(field, _read_by(parse_bytes), help, metavar="SIZE")
 
@@ -87,6 +95,15 @@ _POLICY_OPTIONS = (
         "What weights beside the compute device are held in (default compute: no conversion; "
         "checkpoint: fewer bytes).",
     ),
+    _bits("compress_weight", "Bits of the layers' matrices"),
+    _bits("compress_vocabulary", "Bits of the embedding and the head"),
+    _bits("compress_cache", "Bits of keys and values"),
+    _knob(
+        "compress_group",
+        _COUNT,
+        "Neighbours that share a scale when compressed (default 64; 32 to 256).",
+    ),
+    _switch("cpu_attention", "Attend to a KV cache on the cpu tier there, when decoding."),
     _knob("max_batch_tokens", _COUNT, "Most new tokens of a micro-batch in one step."),
     _size("gpu_mem", "Budget of accelerator memory, like 22GiB (default: what is free)."),
     _size("cpu_mem", "Budget of host memory."),

@@ -18,15 +18,18 @@ from typing import Any, Literal, get_args
 import yaml
 
 from flexpipe.errors import FlexpipeError, PolicyError
+from flexpipe.plan.codec import Codec
 from flexpipe.plan.tier import Tier
 from flexpipe.units import parse_bytes
 
 Strategy = Literal["none", "single", "multi", "event"]
 ComputeDtype = Literal["auto", "float32", "float16", "bfloat16"]
 ResidentDtype = Literal["compute", "checkpoint"]
+Compression = Literal["none", "4", "8"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 COMPUTE_DTYPES: tuple[ComputeDtype, ...] = get_args(ComputeDtype)
 RESIDENT_DTYPES: tuple[ResidentDtype, ...] = get_args(ResidentDtype)
+COMPRESSIONS: tuple[Compression, ...] = get_args(Compression)
 
 # field of Policy -> option of `flexpipe run`
 OPTION_NAMES: Mapping[str, str] = {
@@ -41,6 +44,11 @@ OPTION_NAMES: Mapping[str, str] = {
     "prefetch_depth": "--prefetch-depth",
     "compute_dtype": "--dtype",
     "resident_dtype": "--resident-dtype",
+    "compress_weight": "--compress-weight",
+    "compress_vocabulary": "--compress-vocabulary",
+    "compress_cache": "--compress-cache",
+    "compress_group": "--compress-group",
+    "cpu_attention": "--cpu-cache-compute",
     "max_batch_tokens": "--max-batch-tokens",
     "gpu_mem": "--gpu-mem",
     "cpu_mem": "--cpu-mem",
@@ -83,8 +91,10 @@ class Policy:
     `prefetch_depth` the streamed layers whose weights are loaded ahead, `max_batch_tokens` bounds
     the new tokens of one micro-batch in one step (prompts beyond it are prefilled in chunks).
     `resident_dtype` is what weights at home beside the compute device are held in: "compute" needs
-    no conversion, "checkpoint" fewer bytes. Budgets are bytes; None takes what the machine has
-    free.
+    no conversion, "checkpoint" fewer bytes. The `compress_*` knobs are bits per number, in groups
+    of `compress_group`: of the layers' matrices, of the embedding and head, of keys and values.
+    With `cpu_attention` rows whose KV cache rests on the cpu tier attend there when they decode.
+    Budgets are bytes; None takes what the machine has free.
     """
 
     weights: Shares = field(default_factory=lambda: Shares(cpu=1.0))
@@ -98,6 +108,11 @@ class Policy:
     prefetch_depth: int = 1
     compute_dtype: ComputeDtype = "auto"
     resident_dtype: ResidentDtype = "compute"
+    compress_weight: Compression = "none"
+    compress_vocabulary: Compression = "none"
+    compress_cache: Compression = "none"
+    compress_group: int = 64
+    cpu_attention: bool = False
     max_batch_tokens: int = 2048
     gpu_mem: int | None = None
     cpu_mem: int | None = None
@@ -111,6 +126,9 @@ class Policy:
         _choice("strategy", self.strategy, STRATEGIES)
         _choice("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
         _choice("resident_dtype", self.resident_dtype, RESIDENT_DTYPES)
+        for name in ("compress_weight", "compress_vocabulary", "compress_cache"):
+            _choice(name, getattr(self, name), COMPRESSIONS)
+        Codec(bits=4, group_size=self.compress_group)
         if self.micro_batch_size > self.max_batch_tokens:
             raise PolicyError(
                 f"--gpu-batch-size {self.micro_batch_size} needs at least as many tokens a step, "
@@ -121,6 +139,22 @@ class Policy:
         """Bytes the user grants `tier`; None means what is free."""
         budget: int | None = getattr(self, f"{tier.value}_mem")
         return budget
+
+    @property
+    def weight_codec(self) -> Codec | None:
+        return self._codec(self.compress_weight)
+
+    @property
+    def vocabulary_codec(self) -> Codec | None:
+        """Of the embedding and the head."""
+        return self._codec(self.compress_vocabulary)
+
+    @property
+    def cache_codec(self) -> Codec | None:
+        return self._codec(self.compress_cache)
+
+    def _codec(self, bits: Compression) -> Codec | None:
+        return None if bits == "none" else Codec(bits=int(bits), group_size=self.compress_group)
 
     def check_device(self, device: str) -> None:
         """Refuse what `device` cannot do; on the CPU there is no gpu tier."""
@@ -185,7 +219,9 @@ def knob(name: str, value: Any) -> Any:
         return _shares(name, value)
     if name.endswith("_mem"):
         return None if value is None else parse_bytes(value)
-    if name in ("separate_layers", "pin_weights") and not isinstance(value, bool):
+    if name.startswith("compress_") and name != "compress_group":
+        return "none" if value is None else str(value)
+    if name in ("separate_layers", "pin_weights", "cpu_attention") and not isinstance(value, bool):
         raise PolicyError(f"{name} is true or false, got {value!r}")
     return value
 
