@@ -21,8 +21,8 @@ from flexpipe.units import format_bytes
 BOUND_SHARE = 0.5  # of the time; a lane less busy than that bounds nothing
 DISK_BOUND_SHARE = 0.9  # of the bytes asked of the disk that the device itself must have read
 _LINK_KINDS: Mapping[str, tuple[Kind, ...]] = {
-    "h2d": (Kind.LOAD_WEIGHT, Kind.LOAD_EMBED, Kind.LOAD_CACHE, Kind.LOAD_HIDDEN),
-    "d2h": (Kind.STORE_CACHE, Kind.STORE_HIDDEN, Kind.FETCH_TOKENS),
+    "h2d": (Kind.LOAD_WEIGHT, Kind.LOAD_EMBED, Kind.LOAD_CACHE, Kind.LOAD_HIDDEN, Kind.MOVE_OUTPUT),
+    "d2h": (Kind.STORE_CACHE, Kind.STORE_HIDDEN, Kind.MOVE_QUERY, Kind.FETCH_TOKENS),
     "disk_read": (Kind.READ_WEIGHT, Kind.READ_EMBED, Kind.READ_CACHE, Kind.READ_HIDDEN),
     "disk_write": (Kind.WRITE_CACHE, Kind.WRITE_HIDDEN),
 }

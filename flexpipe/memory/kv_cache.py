@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 from torch import Tensor
 
@@ -27,6 +28,15 @@ from flexpipe.schedule.step import MicroBatch, Row
 
 Copy = Callable[[Tensor, Tensor], None]
 
+
+class Where(StrEnum):
+    """Where attention finds a row's cache."""
+
+    DEVICE = "device"
+    SLOT = "slot"
+    CPU = "cpu"
+
+
 # A gap between rows that is cheaper to read than to skip, several reads in flight as they are: 256
 # short rows came 1.5 times as fast as with every gap skipped, long rows no slower.
 _READ_OVER_BYTES = 128 * 1024
@@ -34,9 +44,10 @@ _READ_OVER_BYTES = 128 * 1024
 
 @dataclass(frozen=True, slots=True)
 class RowRun:
-    """Rows whose regions lie side by side, at home or in the slot, from `first` on."""
+    """Rows whose regions lie side by side from `first` on: beside the device, in the slot, or on
+    the cpu tier, where they attend."""
 
-    in_slot: bool
+    where: Where
     first: int
     rows: tuple[Row, ...]
 
@@ -70,18 +81,16 @@ class KvCache:
             {place: rank for tier in Tier for rank, place in enumerate(mb.places(tier))}
             for mb in plan.micro_batches
         ]
-        self._views: dict[tuple[int, int, int | None], Tensor] = {}
+        self._views: dict[tuple[Where, int, int], Tensor] = {}
 
     def runs(self, batch: MicroBatch) -> tuple[RowRun, ...]:
-        """A micro-batch's rows by where compute finds them: at home first, then in the slot."""
-        mb = self._plan.micro_batches[batch.index]
-        device = self._plan.device_tier
-        placed: dict[bool, list[tuple[int, Row]]] = {False: [], True: []}
+        """A micro-batch's rows by where attention finds them, those that attend on the CPU last."""
+        placed: dict[Where, list[tuple[int, Row]]] = {where: [] for where in Where}
         for row in batch.rows:
-            in_slot = mb.kv_homes[row.place] != device
-            ranks = self._slot_rank if in_slot else self._home_rank
-            placed[in_slot].append((ranks[batch.index][row.place], row))
-        return tuple(run for in_slot in placed for run in _runs(in_slot, placed[in_slot]))
+            where = self._where(batch.index, row)
+            ranks = self._slot_rank if where == Where.SLOT else self._home_rank
+            placed[where].append((ranks[batch.index][row.place], row))
+        return tuple(run for where in placed for run in _runs(where, placed[where]))
 
     def views(
         self, runs: Sequence[RowRun], batch: MicroBatch, layer: int, slot: int | None
@@ -89,7 +98,7 @@ class KvCache:
         """One [R, L, 2, K, D] tensor per run, for decoder layer `layer`."""
         made = []
         for run in runs:
-            whole = self._region(batch.index, layer, slot if run.in_slot else None)
+            whole = self._region(batch.index, layer, run.where, slot)
             made.append(whole[run.first : run.first + len(run.rows)])
         return made
 
@@ -190,9 +199,14 @@ class KvCache:
     def _moving(self, batch: MicroBatch) -> Iterator[tuple[Tier, Row]]:
         mb = self._plan.micro_batches[batch.index]
         for row in batch.rows:
-            tier = mb.kv_homes[row.place]
-            if tier != self._plan.device_tier and row.num_new:
-                yield tier, row
+            if row.num_new and self._where(batch.index, row) == Where.SLOT:
+                yield mb.kv_homes[row.place], row
+
+    def _where(self, mb: int, row: Row) -> Where:
+        if self._plan.micro_batches[mb].kv_homes[row.place] == self._plan.device_tier:
+            return Where.DEVICE
+        there = self._plan.row_attends_on_cpu(mb, row.place, row.num_new)
+        return Where.CPU if there else Where.SLOT
 
     def _rows_at(self, batch: MicroBatch, tier: Tier) -> list[Row]:
         mb = self._plan.micro_batches[batch.index]
@@ -205,24 +219,26 @@ class KvCache:
     def _stride(self, mb: int) -> int:
         return self._plan.slot_region_bytes(self._plan.micro_batches[mb])
 
-    def _region(self, mb: int, layer: int, slot: int | None) -> Tensor:
-        """All of a micro-batch's regions at home beside the device, or in a slot."""
-        key = (mb, -1 if slot is not None else layer, slot)
+    def _region(self, mb: int, layer: int, where: Where, slot: int | None) -> Tensor:
+        """All of a micro-batch's regions at home in one layer, or in a slot."""
+        index = slot if where == Where.SLOT else layer
+        assert index is not None
+        key = (where, mb, index)
         view = self._views.get(key)
         if view is None:
-            view = self._views[key] = self._make_region(mb, layer, slot)
+            view = self._views[key] = self._make_region(*key)
         return view
 
-    def _make_region(self, mb: int, layer: int, slot: int | None) -> Tensor:
+    def _make_region(self, where: Where, mb: int, layer_or_slot: int) -> Tensor:
         plan, shape = self._plan, self._plan.micro_batches[mb]
-        if slot is not None:
-            slab, offset = self._slots[slot], 0
+        if where == Where.SLOT:
+            slab, offset = self._slots[layer_or_slot], 0
             stride, count = self._stride(mb), len(plan.slot_places(shape))
         else:
-            tier = plan.device_tier
+            tier = plan.device_tier if where == Where.DEVICE else Tier.CPU
             home = self._homes[tier]
             assert home is not None
-            slab, offset = home, self._home_offset(mb, layer, tier)
+            slab, offset = home, self._home_offset(mb, layer_or_slot, tier)
             stride, count = shape.region_bytes(tier, self._token_bytes), len(shape.places(tier))
         config, item = plan.config, self._dtype.itemsize
         row = (2, config.num_kv_heads, config.head_dim)
@@ -307,13 +323,13 @@ class KvCache:
         target[start + page : start + end].copy_(self._tail(mb, layer, row.place)[: end - page])
 
 
-def _runs(in_slot: bool, placed: Sequence[tuple[int, Row]]) -> Iterator[RowRun]:
+def _runs(where: Where, placed: Sequence[tuple[int, Row]]) -> Iterator[RowRun]:
     placed = sorted(placed, key=lambda item: item[0])
     start = 0
     for index in range(1, len(placed) + 1):
         if index == len(placed) or placed[index][0] != placed[index - 1][0] + 1:
             rows = tuple(row for _, row in placed[start:index])
-            yield RowRun(in_slot, placed[start][0], rows)
+            yield RowRun(where, placed[start][0], rows)
             start = index
 
 

@@ -7,8 +7,8 @@ one piece, with a mask where the kernel reads all up to the longest; new rows of
 one, and a chunk behind a context or under a window is cut into blocks of queries, which share one
 mask however long the context is.
 
-Invariant: every new token is a query of exactly one piece per window, and no piece attends past
-what `append_kv` has written.
+Invariant: every new token that attends here is a query of exactly one piece per window, and no
+piece attends past what `append_kv` has written.
 
 Shapes: T new tokens, R rows, L keys, D head_dim.
 """
@@ -141,8 +141,13 @@ class Batch:
         rope: RopeTable | None,
         to_device: Callable[[Tensor], Tensor],
         compute_dtype: torch.dtype,
+        *,
+        num_elsewhere: int = 0,
     ) -> Batch:
-        """Lays out `runs`; its indices reach the device in one `to_device` call."""
+        """Lays out `runs`; its indices reach the device in one `to_device` call.
+
+        The last `num_elsewhere` runs attend, and keep what they attend to, somewhere else.
+        """
         spans = [span for run in runs for span in run]
         num_tokens = sum(span.num_new for span in spans)
         sampled = _sampled_tokens(spans)
@@ -151,7 +156,7 @@ class Batch:
         positions, sample_index, arange = torch.split(index, [num_tokens, len(sampled), most_rows])
         _check_positions(config, spans)
         merge = index.device.type == "cpu" or config.num_heads == config.num_kv_heads
-        groups = tuple(_groups(runs, merge))
+        groups = tuple(_groups(runs[: len(runs) - num_elsewhere], merge))
         cos, sin = rope.turns(positions, compute_dtype) if rope else (None, None)
         cutter = _Cutter(positions, compute_dtype)
         return cls(

@@ -146,7 +146,9 @@ def attention_half(
     if not batch.num_tokens:
         return
     mark = ws.mark()
-    q_TND, kv_T2KD = qkv(hidden_TH, weights, batch, config, ws)
+    heads = config.num_heads + 2 * config.num_kv_heads
+    both = ws.take((batch.num_tokens, heads, config.head_dim), hidden_TH.dtype)
+    q_TND, kv_T2KD = qkv(hidden_TH, weights, batch, config, both, ws)
     append_kv(kv_T2KD, batch, kvs)
     out(attend(q_TND, batch, kvs, config, layer, ws), hidden_TH, weights, config, ws)
     ws.release(mark)
@@ -158,15 +160,19 @@ def mlp_half(hidden_TH: Tensor, weights: LayerWeights, config: ModelConfig, ws: 
 
 
 def qkv(
-    hidden_TH: Tensor, weights: LayerWeights, batch: Batch, config: ModelConfig, ws: Workspace
+    hidden_TH: Tensor,
+    weights: LayerWeights,
+    batch: Batch,
+    config: ModelConfig,
+    both: Tensor,
+    ws: Workspace,
 ) -> tuple[Tensor, Tensor]:
     """Queries [T, N, D] and keys-then-values [T, 2, K, D], ready for the cache.
 
-    Both are views of one buffer that the workspace holds until the caller releases it.
+    They are views of `both`, [T, N + 2 K, D], which they fill.
     """
     num_tokens = hidden_TH.shape[0]
     num_q, num_kv, dim = config.num_heads, config.num_kv_heads, config.head_dim
-    both = ws.take((num_tokens, num_q + 2 * num_kv, dim), hidden_TH.dtype)
     flat = both.view(num_tokens, -1)
     q_end, k_end = num_q * dim, (num_q + num_kv) * dim
     mark = ws.mark()

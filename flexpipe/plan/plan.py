@@ -28,6 +28,7 @@ NUM_KV_SLOTS = 3  # one loading, one in use, one being stored
 NUM_HIDDEN_SLOTS = 3
 NUM_STAGES = 2  # host buffers on the way between disk and accelerator: one fills, one drains
 NUM_EMBED_SLOTS = 2
+NUM_ATTENTION_SLOTS = 2  # one micro-batch attends on the CPU, another one on the device
 # What the process takes beside the pools; 0 to 75 MiB were seen. While loading: two buffers of 32
 # MiB and the bounce ring (16 MiB). Later BLAS's packing buffers and the holes that prompts of many
 # lengths leave in the allocator's heaps.
@@ -115,6 +116,17 @@ class Plan:
         """One for the streamed layer in use, and one for each that is loaded ahead."""
         return min(self.policy.prefetch_depth + 1, len(self.streamed_layers))
 
+    @property
+    def attends_on_cpu(self) -> bool:
+        """Whether some rows' queries go to their KV cache, not the cache to the accelerator."""
+        wanted = self.policy.cpu_attention and self.streams_to_device
+        return wanted and any(mb.places(Tier.CPU) for mb in self.micro_batches)
+
+    def row_attends_on_cpu(self, mb: int, place: int, num_new: int) -> bool:
+        """Whether the row at `place` of a micro-batch does, having `num_new` tokens to compute."""
+        decodes = self.attends_on_cpu and num_new == 1
+        return decodes and self.micro_batches[mb].kv_homes[place] == Tier.CPU
+
     def slot_places(self, mb: MicroBatchPlan) -> tuple[int, ...]:
         """Places whose KV cache passes through a slot, in the order they lie there."""
         off_device = (tier for tier in Tier if tier != self.device_tier)
@@ -131,6 +143,7 @@ class Plan:
             *self._weight_pools(),
             *self._kv_pools(),
             *self._hidden_pools(),
+            *self._attention_pools(),
             *self._compute_pools(),
         ]
         return tuple(pool for pool in made if pool.num_bytes)
@@ -273,6 +286,33 @@ class Plan:
                 )
             )
         return pools
+
+    @property
+    def query_bytes(self) -> int:
+        """Query, key and value of one token, as attention on the CPU takes them."""
+        heads = self.config.num_heads + 2 * self.config.num_kv_heads
+        return heads * self.config.head_dim * self.compute_bytes
+
+    def _attention_pools(self) -> list[PoolPlan]:
+        """What attention on the CPU needs between a layer's segments."""
+        if not self.attends_on_cpu:
+            return []
+        tokens = max(mb.max_new_tokens for mb in self.micro_batches)
+        rows = max(len(mb.places(Tier.CPU)) for mb in self.micro_batches)
+        return [
+            PoolPlan(
+                name="attention slots",
+                tier=self.device_tier,
+                slot_bytes=round_up((tokens + rows) * self.query_bytes, PACK_ALIGN),
+                num_slots=NUM_ATTENTION_SLOTS,
+            ),
+            PoolPlan(
+                name="query staging",
+                tier=Tier.CPU,
+                slot_bytes=round_up(rows * self.query_bytes, PACK_ALIGN),
+                num_slots=NUM_STAGES,
+            ),
+        ]
 
     @property
     def embed_slot_bytes(self) -> int:

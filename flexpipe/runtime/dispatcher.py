@@ -32,6 +32,7 @@ _KEPT_EVENTS = 4 * RUN_AHEAD
 _JOIN_TIMEOUT_S = 30.0
 
 STREAMS = (Lane.COMPUTE, Lane.LOAD_WEIGHT, Lane.LOAD_CACHE, Lane.STORE_CACHE)
+ALL_CORES = (Lane.COMPUTE, Lane.ATTEND_CPU)
 HOST_LANES = (Lane.READ_WEIGHT, Lane.READ_CACHE, Lane.DISK_WRITE, Lane.HOST)
 
 
@@ -79,7 +80,7 @@ class Dispatcher:
                     self._done,
                     self._failed,
                     recorder,
-                    num_threads=num_threads if lane == Lane.COMPUTE else 1,
+                    num_threads=num_threads if lane in ALL_CORES else 1,
                 )
 
     def run(self, ops: Iterator[Op | None]) -> float:

@@ -2,8 +2,8 @@
 
 A lane that may block its host thread (disk, CPU compute, emulated links) owns a thread. On an
 accelerator compute and copies are streams, fed by the dispatcher's thread; what an op there leaves
-behind is an event. Only the compute lane uses torch's intra-op threads: a second team would fight
-it for the cores.
+behind is an event. Only the lanes that compute use torch's intra-op threads: another team would
+fight theirs for the cores.
 """
 
 from __future__ import annotations

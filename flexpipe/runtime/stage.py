@@ -20,20 +20,29 @@ from torch import Tensor
 
 from flexpipe.memory.disk import DiskCounter, DiskFile, DiskReader
 from flexpipe.memory.hidden import HiddenStore
-from flexpipe.memory.kv_cache import KvCache, RowRun
+from flexpipe.memory.kv_cache import KvCache, RowRun, Where
 from flexpipe.memory.link import wait_until
 from flexpipe.memory.tier import POISON, TierMemory, torch_dtype, typed
 from flexpipe.memory.weights import LayerParts, WeightStore
 from flexpipe.model import segments
 from flexpipe.model.batch import Batch, RopeTable, RowSpan
-from flexpipe.model.cost import decoder_flops, head_flops, mlp_flops, num_attended
+from flexpipe.model.cost import (
+    ALIGNMENT,
+    attend_flops,
+    decoder_flops,
+    head_flops,
+    mlp_flops,
+    num_attended,
+    out_flops,
+    qkv_flops,
+)
 from flexpipe.model.sampling import choose
 from flexpipe.model.workspace import Workspace
 from flexpipe.plan.layer import LayerKind, LayerPlan
 from flexpipe.plan.plan import Plan, PoolPlan
 from flexpipe.plan.tier import Tier
 from flexpipe.runtime.device import Device
-from flexpipe.schedule.op import Kind, Op
+from flexpipe.schedule.op import Kind, Op, Segment
 from flexpipe.schedule.step import MicroBatch, Row
 
 OpHook = Callable[[Op], None]
@@ -61,7 +70,18 @@ class _Layout:
     ids_T: Tensor
     sampled: tuple[Row, ...]
     batch: Batch | None = None
+    cpu_batch: Batch | None = None  # of the rows that attend on the CPU
     tokens: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def cpu_runs(self) -> tuple[RowRun, ...]:
+        """They are the last ones."""
+        return tuple(run for run in self.runs if run.where == Where.CPU)
+
+    @property
+    def num_cpu_rows(self) -> int:
+        """Rows that attend on the CPU; each has one new token, behind all others."""
+        return sum(len(run.rows) for run in self.cpu_runs)
 
 
 class Stage:
@@ -115,6 +135,9 @@ class Stage:
             Kind.LOAD_HIDDEN: self._load_hidden,
             Kind.STORE_HIDDEN: self._store_hidden,
             Kind.WRITE_HIDDEN: self._write_hidden,
+            Kind.MOVE_QUERY: self._move_query,
+            Kind.ATTEND_CPU: self._attend_cpu,
+            Kind.MOVE_OUTPUT: self._move_output,
             Kind.COMPUTE: self._compute,
             Kind.SAMPLE: self._sample,
             Kind.FETCH_TOKENS: self._fetch_tokens,
@@ -165,7 +188,13 @@ class Stage:
         self.kv_cache.poison_all()
         self._hidden.poison_all()
         for slab in chain(
-            self._embed_slots, self._embed_stages, self._head_inputs, self._logits, *self._fetched
+            self._embed_slots,
+            self._embed_stages,
+            self._attention_slots,
+            self._query_stages,
+            self._head_inputs,
+            self._logits,
+            *self._fetched,
         ):
             slab.fill_(POISON)
 
@@ -184,12 +213,18 @@ class Stage:
         elif kind in (Kind.READ_HIDDEN, Kind.LOAD_HIDDEN):
             filled = None if kind == Kind.LOAD_HIDDEN else stage
             self._hidden.poison(slot=op.hidden_slot, read_stage=filled)
+        elif kind == Kind.COMPUTE and op.segment == Segment.QKV:
+            assert op.attention_slot is not None
+            self._attention_slots[op.attention_slot].fill_(POISON)
         elif self._device.has_streams:
             return  # a stream fills host memory later than this is called
         elif kind == Kind.STORE_CACHE:
             self.kv_cache.poison(write_stage=stage)
         elif kind == Kind.STORE_HIDDEN:
             self._hidden.poison(write_stage=stage)
+        elif kind == Kind.MOVE_QUERY:
+            assert stage is not None
+            self._query_stages[stage].fill_(POISON)
 
     # moves
 
@@ -283,6 +318,61 @@ class Stage:
         num_bytes = self._hidden.write(self._rows(op), slot=op.hidden_slot, stage=op.stage_slot)
         self._device.disk_write.deliver(num_bytes, start)
 
+    # attention on the CPU
+
+    def _move_query(self, op: Op) -> None:
+        start = time.perf_counter()
+        source, target = self._leaving(op), self._staged(op)
+        self._device.copy(target, source)
+        self._device.d2h.deliver(source.nbytes, start)
+
+    def _attend_cpu(self, op: Op) -> None:
+        """Append and attend where the rows' cache is; the outputs take the queries' place."""
+        layout, config, decoder = self._layout(op), self.plan.config, self._decoder(op)
+        if layout.cpu_batch is None:
+            layout.cpu_batch = Batch.build(
+                config, _spans(layout.cpu_runs), None, lambda index: index, self._dtype
+            )
+        kvs = self.kv_cache.views(layout.cpu_runs, self._rows(op), decoder, None)
+        q_RND, kv_R2KD = self._parted(self._staged(op), layout.num_cpu_rows)
+        segments.append_kv(kv_R2KD, layout.cpu_batch, kvs)
+        segments.attend(q_RND, layout.cpu_batch, kvs, config, decoder, self._cpu_workspace)
+
+    def _move_output(self, op: Op) -> None:
+        start = time.perf_counter()
+        rows = self._layout(op).num_cpu_rows
+        source, _ = self._parted(self._staged(op), rows)
+        target, _ = self._parted(self._leaving(op), rows)
+        self._device.copy(target, source)
+        self._device.h2d.deliver(source.nbytes, start)
+
+    def _both(self, op: Op) -> Tensor:
+        """Queries, keys and values of a micro-batch between a layer's segments, [T, N + 2 K, D]."""
+        assert op.attention_slot is not None
+        config, slab = self.plan.config, self._attention_slots[op.attention_slot]
+        heads = config.num_heads + 2 * config.num_kv_heads
+        return typed(slab, self._dtype, (self._rows(op).num_new, heads, config.head_dim))
+
+    def _leaving(self, op: Op) -> Tensor:
+        """Behind them, those of the rows that attend on the CPU once more, in one piece."""
+        assert op.attention_slot is not None
+        start = self._rows(op).num_new * self.plan.query_bytes
+        num_bytes = self._layout(op).num_cpu_rows * self.plan.query_bytes
+        return self._attention_slots[op.attention_slot][start : start + num_bytes]
+
+    def _staged(self, op: Op) -> Tensor:
+        assert op.stage_slot is not None
+        num_bytes = self._layout(op).num_cpu_rows * self.plan.query_bytes
+        return self._query_stages[op.stage_slot][:num_bytes]
+
+    def _parted(self, slab: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """Queries [R, N, D], then keys and values [R, 2, K, D]."""
+        config = self.plan.config
+        q_shape = (rows, config.num_heads, config.head_dim)
+        kv_shape = (rows, 2, config.num_kv_heads, config.head_dim)
+        q_bytes = rows * config.num_heads * config.head_dim * self._dtype.itemsize
+        return typed(slab, self._dtype, q_shape), typed(slab, self._dtype, kv_shape, q_bytes)
+
     # compute
 
     def _compute(self, op: Op) -> None:
@@ -302,6 +392,9 @@ class Stage:
             self._compute_embed(op, layout, parts, hidden_TH)
         elif layer.kind == LayerKind.HEAD:
             self._compute_head(op, layer, layout, parts, hidden_TH)
+        elif op.segment is not None:
+            assert hidden_TH is not None
+            self._compute_segment(op, layer, layout, parts, hidden_TH)
         else:
             assert hidden_TH is not None
             self._compute_decoder(op, layer, layout, parts, hidden_TH)
@@ -333,6 +426,31 @@ class Stage:
             )
         if layer.kind != LayerKind.ATTENTION:
             segments.mlp_half(hidden_TH, weights, config, self._workspace)
+
+    def _compute_segment(
+        self, op: Op, layer: LayerPlan, layout: _Layout, parts: LayerParts, hidden_TH: Tensor
+    ) -> None:
+        """A decoder layer up to attention, attention itself, or the rest of the layer."""
+        batch, weights, config = layout.batch, parts.weights, self.plan.config
+        assert batch is not None and isinstance(weights, segments.LayerWeights)
+        decoder, both, rows = self._decoder(op), self._both(op), layout.num_cpu_rows
+        q_TND = both[:, : config.num_heads]
+        leaving = self._parted(self._leaving(op), rows)
+        if op.segment == Segment.OUT:
+            q_TND[-rows:].copy_(leaving[0])
+            segments.out(q_TND.flatten(1), hidden_TH, weights, config, self._workspace)
+            if layer.kind != LayerKind.ATTENTION:
+                segments.mlp_half(hidden_TH, weights, config, self._workspace)
+            return
+        here = layout.runs[: len(layout.runs) - len(layout.cpu_runs)]
+        kvs = self.kv_cache.views(here, self._rows(op), decoder, op.kv_slot)
+        if op.segment == Segment.ATTEND:
+            segments.attend(q_TND, batch, kvs, config, decoder, self._workspace)
+            return
+        q_TND, kv_T2KD = segments.qkv(hidden_TH, weights, batch, config, both, self._workspace)
+        segments.append_kv(kv_T2KD, batch, kvs)
+        for target, source in zip(leaving, (q_TND, kv_T2KD), strict=True):
+            target.copy_(source[-rows:])
 
     def _compute_head(
         self,
@@ -403,7 +521,19 @@ class Stage:
         if layer.kind == LayerKind.MLP:
             return mlp
         window = config.window(self._decoder(op))
-        attended = sum(num_attended(row.num_context, row.num_new, window) for row in batch.rows)
+        attended = sum(
+            num_attended(row.num_context, row.num_new, window)
+            for row in batch.rows
+            if not self.plan.row_attends_on_cpu(batch.index, row.place, row.num_new)
+        )
+        match op.segment:
+            case Segment.QKV:
+                return qkv_flops(config, batch.num_new)
+            case Segment.ATTEND:
+                return attend_flops(config, attended)
+            case Segment.OUT:
+                rest = 0 if layer.kind == LayerKind.ATTENTION else mlp
+                return out_flops(config, batch.num_new) + rest
         whole = decoder_flops(config, batch.num_new, attended)
         return whole if layer.kind == LayerKind.DECODER else whole - mlp
 
@@ -438,11 +568,14 @@ class Stage:
         return _Layout(source, runs, torch.tensor(ids, dtype=torch.int64), sampled)
 
     def _make_batch(self, layout: _Layout) -> Batch:
-        spans = [
-            [RowSpan(row.num_context, row.num_new, row.sampled) for row in run.rows]
-            for run in layout.runs
-        ]
-        return Batch.build(self.plan.config, spans, self._rope, self._to_device, self._dtype)
+        return Batch.build(
+            self.plan.config,
+            _spans(layout.runs),
+            self._rope,
+            self._to_device,
+            self._dtype,
+            num_elsewhere=len(layout.cpu_runs),
+        )
 
     def _to_device(self, index: Tensor) -> Tensor:
         if not self._device.has_streams:
@@ -476,6 +609,9 @@ class Stage:
         self._head_inputs = slots("head input", device)
         self._embed_slots = slots("embedding slots", device)
         self._embed_stages = slots("embedding staging", Tier.CPU)
+        self._cpu_workspace = Workspace(torch.empty(ALIGNMENT, dtype=torch.uint8))
+        self._attention_slots = slots("attention slots", device)
+        self._query_stages = slots("query staging", Tier.CPU)
         pin = self._device.has_streams
         self._fetched = [
             (
@@ -489,3 +625,9 @@ class Stage:
         if pool.tier == self.plan.device_tier:
             return self.memory.take_on_device(pool.slot_bytes, pool.name)
         return self.memory.take_on_host(pool.slot_bytes, pool.name)
+
+
+def _spans(runs: Sequence[RowRun]) -> list[list[RowSpan]]:
+    return [
+        [RowSpan(row.num_context, row.num_new, row.sampled) for row in run.rows] for run in runs
+    ]

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from flexpipe.plan.layer import LayerKind, LayerPlan
 from flexpipe.plan.plan import (
+    NUM_ATTENTION_SLOTS,
     NUM_EMBED_SLOTS,
     NUM_HIDDEN_SLOTS,
     NUM_KV_SLOTS,
@@ -24,8 +25,8 @@ from flexpipe.plan.plan import (
     Plan,
 )
 from flexpipe.plan.tier import Tier
-from flexpipe.schedule.op import Kind, Op, Pool, Resource, Wait
-from flexpipe.schedule.step import MicroBatch
+from flexpipe.schedule.op import Kind, Op, Pool, Resource, Segment, Wait
+from flexpipe.schedule.step import MicroBatch, Row
 
 # ops further back than this are looked up no more when edges are reduced; an extra edge is harmless
 _WINDOW = 4096
@@ -74,6 +75,7 @@ class ScheduleBuilder:
             Pool.KV_SLOT: NUM_KV_SLOTS,
             Pool.HIDDEN_SLOT: NUM_HIDDEN_SLOTS,
             Pool.EMBED_SLOT: NUM_EMBED_SLOTS,
+            Pool.ATTENTION_SLOT: NUM_ATTENTION_SLOTS,
         }
         self._rings = {pool: _Ring(sizes.get(pool, NUM_STAGES)) for pool in Pool}
         self._in_use: dict[tuple[Pool, int, int], int] = {}
@@ -329,6 +331,9 @@ class ScheduleBuilder:
             if layer is self._plan.layers[-1]:  # chunks of prompts: nothing to sample
                 yield self._commit(step, layer, batch, (_hidden(batch),))
             return
+        if layer.has_kv_cache and self._rows_on_cpu(batch):
+            yield from self._compute_apart(step, layer, batch)
+            return
         reads: list[Resource] = []
         writes: list[Resource] = []
         weight_slot = kv_slot = hidden_slot = embed_slot = None
@@ -341,12 +346,7 @@ class ScheduleBuilder:
                 embed_slot = self._in_use[Pool.EMBED_SLOT, 0, batch.index]
                 reads.append((Pool.EMBED_SLOT, embed_slot, 0, 0))
         if layer.has_kv_cache:
-            tiers = self._tiers(batch, with_past=False)
-            if self._plan.device_tier in tiers:
-                writes.append(_kv(layer, batch, self._plan.device_tier))
-            if tiers - {self._plan.device_tier}:
-                kv_slot = self._in_use[Pool.KV_SLOT, layer.position, batch.index]
-                writes.append((Pool.KV_SLOT, kv_slot, 0, 0))
+            kv_slot = self._use_cache(layer, batch, writes)
         if layer.takes_hidden or layer.leaves_hidden:
             hidden_slot = self._use_hidden(layer, batch, writes if layer.leaves_hidden else reads)
         if layer.kind == LayerKind.HEAD:
@@ -365,6 +365,91 @@ class ScheduleBuilder:
         )
         if layer is self._plan.layers[-1]:
             yield from self._tokens(step, layer, batch)
+
+    def _compute_apart(self, step: int, layer: LayerPlan, batch: MicroBatch) -> Iterator[Op]:
+        """A layer in segments: queries of some rows go to the CPU while the others attend here."""
+        edges, where = self._edges, (step, layer.position, batch)
+        slot = self._take(Pool.ATTENTION_SLOT, layer.position, batch.index)
+        stage = self._take(Pool.QUERY_STAGE)
+        here: Resource = (Pool.ATTENTION_SLOT, slot, 0, 0)
+        leaving: Resource = (Pool.ATTENTION_SLOT, slot, 1, 0)
+        staged: Resource = (Pool.QUERY_STAGE, stage, 0, 0)
+        weights: tuple[Resource, ...] = ()
+        weight_slot: int | None = None
+        if layer.is_streamed:
+            weight_slot = self._in_use[Pool.WEIGHT_SLOT, layer.position, 0]
+            weights = ((Pool.WEIGHT_SLOT, weight_slot, 0, 0),)
+        cache: list[Resource] = []
+        kv_slot = self._use_cache(layer, batch, cache)
+        hidden: list[Resource] = []
+        hidden_slot = self._use_hidden(layer, batch, hidden)
+        yield edges.op(
+            Kind.COMPUTE,
+            *where,
+            reads=(*weights, *hidden),
+            writes=(*cache, here, leaving),
+            weight_slot=weight_slot,
+            kv_slot=kv_slot,
+            hidden_slot=hidden_slot,
+            attention_slot=slot,
+            segment=Segment.QKV,
+        )
+        yield edges.op(
+            Kind.MOVE_QUERY,
+            *where,
+            reads=(leaving,),
+            writes=(staged,),
+            stage_slot=stage,
+            attention_slot=slot,
+        )
+        yield edges.op(
+            Kind.ATTEND_CPU,
+            *where,
+            writes=(_kv(layer, batch, Tier.CPU), staged),
+            stage_slot=stage,
+        )
+        if cache:
+            yield edges.op(
+                Kind.COMPUTE,
+                *where,
+                reads=tuple(cache),
+                writes=(here,),
+                kv_slot=kv_slot,
+                hidden_slot=hidden_slot,
+                attention_slot=slot,
+                segment=Segment.ATTEND,
+            )
+        yield edges.op(
+            Kind.MOVE_OUTPUT,
+            *where,
+            reads=(staged,),
+            writes=(leaving,),
+            stage_slot=stage,
+            attention_slot=slot,
+        )
+        yield edges.op(
+            Kind.COMPUTE,
+            *where,
+            reads=weights,
+            writes=(here, leaving, *hidden),
+            weight_slot=weight_slot,
+            hidden_slot=hidden_slot,
+            attention_slot=slot,
+            segment=Segment.OUT,
+        )
+
+    def _use_cache(
+        self, layer: LayerPlan, batch: MicroBatch, accesses: list[Resource]
+    ) -> int | None:
+        """Where attention on the device finds keys and values; the slot that some pass through."""
+        tiers = self._tiers(batch, with_past=False)
+        if self._plan.device_tier in tiers:
+            accesses.append(_kv(layer, batch, self._plan.device_tier))
+        if not tiers - {self._plan.device_tier}:
+            return None
+        kv_slot = self._in_use[Pool.KV_SLOT, layer.position, batch.index]
+        accesses.append((Pool.KV_SLOT, kv_slot, 0, 0))
+        return kv_slot
 
     def _use_hidden(
         self, layer: LayerPlan, batch: MicroBatch, accesses: list[Resource]
@@ -410,13 +495,23 @@ class ScheduleBuilder:
         return self._hidden_home(batch) == self._plan.device_tier
 
     def _tiers(self, batch: MicroBatch, *, with_past: bool) -> set[Tier]:
-        """KV homes of the rows that have tokens behind them, or of those that get new ones."""
+        """KV homes of the rows that have tokens behind them, or of those that get new ones.
+
+        Rows that attend on the CPU are not among them: their cache stays where it is.
+        """
         homes = self._plan.micro_batches[batch.index].kv_homes
         return {
             homes[row.place]
             for row in batch.rows
             if row.num_new and (row.num_context or not with_past)
+            if not self._on_cpu(batch, row)
         }
+
+    def _on_cpu(self, batch: MicroBatch, row: Row) -> bool:
+        return self._plan.row_attends_on_cpu(batch.index, row.place, row.num_new)
+
+    def _rows_on_cpu(self, batch: MicroBatch) -> bool:
+        return self._plan.attends_on_cpu and any(self._on_cpu(batch, row) for row in batch.rows)
 
     def uses_kv_slot(self, batch: MicroBatch) -> bool:
         """Whether any of its rows' KV cache passes through a slot."""
@@ -519,6 +614,8 @@ class _Edges:
         hidden_slot: int | None = None,
         embed_slot: int | None = None,
         stage_slot: int | None = None,
+        attention_slot: int | None = None,
+        segment: Segment | None = None,
     ) -> Op:
         """The next op, waiting for what its accesses demand and the strategy adds."""
         made = self._name()
@@ -527,7 +624,7 @@ class _Edges:
         (self._weights if weights else self._iteration).append(made)
         return Op(
             made, kind, step, layer, batch, waits, reads, writes,
-            weight_slot, kv_slot, hidden_slot, embed_slot, stage_slot,
+            weight_slot, kv_slot, hidden_slot, embed_slot, stage_slot, attention_slot, segment,
         )  # fmt: skip
 
     def end_of_iteration(self, step: int, layer: int) -> Iterator[Op]:

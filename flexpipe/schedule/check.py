@@ -21,6 +21,8 @@ _SLOTS = {
     Pool.KV_SLOT,
     Pool.KV_READ_STAGE,
     Pool.KV_WRITE_STAGE,
+    Pool.ATTENTION_SLOT,
+    Pool.QUERY_STAGE,
     Pool.HIDDEN_SLOT,
     Pool.HIDDEN_READ_STAGE,
     Pool.HIDDEN_WRITE_STAGE,

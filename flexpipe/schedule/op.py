@@ -28,6 +28,9 @@ class Kind(StrEnum):
     LOAD_HIDDEN = "load_hidden"
     STORE_HIDDEN = "store_hidden"
     WRITE_HIDDEN = "write_hidden"
+    MOVE_QUERY = "move_query"  # new queries, keys and values of rows that attend on the CPU
+    ATTEND_CPU = "attend_cpu"
+    MOVE_OUTPUT = "move_output"
     COMPUTE = "compute"
     SAMPLE = "sample"
     FETCH_TOKENS = "fetch_tokens"
@@ -35,10 +38,19 @@ class Kind(StrEnum):
     BARRIER = "barrier"
 
 
+class Segment(StrEnum):
+    """The piece of a layer that a COMPUTE runs where attention on the CPU parts it."""
+
+    QKV = "qkv"
+    ATTEND = "attend"  # of the rows that attend on the device
+    OUT = "out"  # and what follows it in the layer
+
+
 class Lane(StrEnum):
     """An in-order queue of ops."""
 
     COMPUTE = "compute"
+    ATTEND_CPU = "attend_cpu"
     LOAD_WEIGHT = "load_weight"
     LOAD_CACHE = "load_cache"
     STORE_CACHE = "store_cache"
@@ -61,6 +73,9 @@ LANE_OF: dict[Kind, Lane] = {
     Kind.LOAD_HIDDEN: Lane.LOAD_CACHE,
     Kind.STORE_HIDDEN: Lane.STORE_CACHE,
     Kind.WRITE_HIDDEN: Lane.DISK_WRITE,
+    Kind.MOVE_QUERY: Lane.STORE_CACHE,
+    Kind.ATTEND_CPU: Lane.ATTEND_CPU,
+    Kind.MOVE_OUTPUT: Lane.LOAD_CACHE,
     Kind.COMPUTE: Lane.COMPUTE,
     Kind.SAMPLE: Lane.COMPUTE,
     Kind.FETCH_TOKENS: Lane.COMPUTE,
@@ -80,6 +95,8 @@ class Pool(StrEnum):
     KV_SLOT = "kv_slot"
     KV_READ_STAGE = "kv_read_stage"
     KV_WRITE_STAGE = "kv_write_stage"
+    ATTENTION_SLOT = "attention_slot"  # a micro-batch's queries between a layer's segments
+    QUERY_STAGE = "query_stage"  # those of rows that attend on the CPU, there
     HIDDEN = "hidden"  # home of a micro-batch's hidden
     HIDDEN_SLOT = "hidden_slot"
     HIDDEN_READ_STAGE = "hidden_read_stage"
@@ -122,6 +139,8 @@ class Op:
     hidden_slot: int | None = None
     embed_slot: int | None = None
     stage_slot: int | None = None
+    attention_slot: int | None = None
+    segment: Segment | None = None  # None: the whole layer
 
     @property
     def lane(self) -> Lane:
@@ -134,4 +153,5 @@ class Op:
 
     def __str__(self) -> str:
         mb = "" if self.batch is None else f", micro-batch {self.batch.index}"
-        return f"{self.kind.value} (step {self.step}, layer {self.layer}{mb})"
+        part = "" if self.segment is None else f" {self.segment.value}"
+        return f"{self.kind.value}{part} (step {self.step}, layer {self.layer}{mb})"

@@ -29,6 +29,9 @@ _COLOURS: Mapping[Kind, str] = {
     Kind.LOAD_HIDDEN: "#41b6c4",
     Kind.STORE_HIDDEN: "#fdae6b",
     Kind.WRITE_HIDDEN: "#fdd0a2",
+    Kind.MOVE_QUERY: "#c994c7",
+    Kind.ATTEND_CPU: "#ce1256",
+    Kind.MOVE_OUTPUT: "#df65b0",
     Kind.COMPUTE: "#2171b5",
     Kind.SAMPLE: "#6baed6",
     Kind.FETCH_TOKENS: "#9ecae1",
@@ -88,7 +91,8 @@ def perfetto(spans: Sequence[Timed], plan: Plan) -> dict[str, object]:
 
 def _name(op: Op, plan: Plan) -> str:
     mb = "" if op.mb is None else f" mb {op.mb}"
-    return f"{op.kind.value} {plan.layers[op.layer].name}{mb}"
+    part = "" if op.segment is None else f" {op.segment.value} of"
+    return f"{op.kind.value}{part} {plan.layers[op.layer].name}{mb}"
 
 
 def _args(op: Op, plan: Plan) -> dict[str, object]:

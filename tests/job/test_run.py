@@ -43,6 +43,16 @@ PLACEMENTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "emulated",
         {**percent_shares((0, 100, 0, 100, 0, 100)), "micro_batch_size": 3, "num_micro_batches": 3},
     ),
+    "emulated-cpu-attention": (
+        "emulated",
+        {
+            **percent_shares((20, 40, 30, 50, 50, 50)),
+            "micro_batch_size": 5,
+            "num_micro_batches": 2,
+            "max_batch_tokens": 100,
+            "cpu_attention": True,
+        },
+    ),
     "emulated-disk": (
         "emulated",
         {

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flexpipe.memory.disk import DiskFile
-from flexpipe.memory.kv_cache import KvCache
+from flexpipe.memory.kv_cache import KvCache, Where
 from flexpipe.memory.tier import TierMemory
 from flexpipe.plan.block import KV_PAGE, Need
 from flexpipe.plan.plan import NUM_KV_SLOTS, NUM_STAGES, Plan
@@ -184,8 +184,8 @@ def test_rows_beside_the_device_are_used_in_place_and_the_others_in_the_slot():
     runs = cache.runs(whole(0, 5, 1))
     for run in runs:
         for row in run.rows:
-            assert run.in_slot is (homes[row.place] != Tier.GPU)
-    assert [run.in_slot for run in runs] == [False, True]
+            assert (run.where == Where.SLOT) is (homes[row.place] != Tier.GPU)
+    assert [run.where for run in runs] == [Where.DEVICE, Where.SLOT]
     assert all(len(run.rows) == 2 for run in runs)
 
 

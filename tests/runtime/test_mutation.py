@@ -109,6 +109,50 @@ SCENARIOS: Mapping[str, Scenario] = {
         },
         ("produced:kv",),
     ),
+    "some rows attend on the CPU, some on the device": Scenario(
+        "emulated",
+        {
+            **percent_shares([0, 50, 50, 50, 100, 0]),
+            "micro_batch_size": 2,
+            "num_micro_batches": 3,
+            "cpu_attention": True,
+        },
+        (
+            "produced:attention_slot",
+            "produced:kv+produced:attention_slot",
+            "produced:query_stage",
+        ),
+    ),
+    "some rows attend on the CPU, some come from disk": Scenario(
+        "emulated",
+        {
+            **percent_shares([100, 0, 0, 50, 100, 0]),
+            "micro_batch_size": 2,
+            "num_micro_batches": 3,
+            "cpu_attention": True,
+        },
+        ("produced:kv_slot+produced:attention_slot",),
+    ),
+    "rows of one micro-batch on three tiers": Scenario(
+        "emulated",
+        {
+            **percent_shares([100, 0, 34, 33, 100, 0]),
+            "micro_batch_size": 6,
+            "num_micro_batches": 1,
+            "cpu_attention": True,
+        },
+        ("produced:kv+produced:kv_slot+produced:attention_slot",),
+    ),
+    "all rows attend on the CPU": Scenario(
+        "emulated",
+        {
+            **percent_shares([100, 0, 0, 100, 100, 0]),
+            "micro_batch_size": 3,
+            "num_micro_batches": 2,
+            "cpu_attention": True,
+        },
+        ("produced:hidden+produced:attention_slot",),
+    ),
     "weights on disk, in chunks": Scenario(
         "cpu",
         {

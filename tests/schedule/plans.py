@@ -62,6 +62,12 @@ _STAGED = frozenset(
         "produced:kv_read_stage",
         "produced:kv_write_stage",
         "produced:weight_stage",
+        "produced:attention_slot",
+        "produced:hidden+produced:attention_slot",
+        "produced:kv+produced:attention_slot",
+        "produced:kv+produced:kv_slot+produced:attention_slot",
+        "produced:kv_slot+produced:attention_slot",
+        "produced:query_stage",
     }
 )
 EDGE_KINDS = {Tier.CPU: _EVERYWHERE, Tier.GPU: _EVERYWHERE | _STAGED}
@@ -199,6 +205,7 @@ def plans(draw: st.DrawFn, *, strategy: str | None = None) -> Plan:
                 max_batch_tokens=draw(st.sampled_from([8, 64])),
                 prefetch_depth=draw(st.sampled_from([1, 1, 2, 3, 9])),
                 separate_layers=draw(st.booleans()),
+                cpu_attention=draw(st.booleans()),
                 strategy=strategy or draw(st.sampled_from(STRATEGIES)),
             )
         except PolicyError:

@@ -16,7 +16,7 @@ from flexpipe.plan.policy import STRATEGIES, Shares
 from flexpipe.plan.tier import Tier
 from flexpipe.schedule.build import ScheduleBuilder, schedule
 from flexpipe.schedule.check import Graph
-from flexpipe.schedule.op import Kind, Op, Pool
+from flexpipe.schedule.op import Kind, Op, Pool, Segment
 from flexpipe.schedule.step import MicroBatch, Row
 from tests.schedule.plans import (
     MicroBatches,
@@ -38,12 +38,21 @@ class Found:
     def __init__(self, ops: Sequence[Op]) -> None:
         self.ops, self.graph = ops, Graph(ops)
 
-    def op(self, kind: Kind, layer: int, mb: int | None = None, step: int | None = None) -> Op:
+    def op(
+        self,
+        kind: Kind,
+        layer: int,
+        mb: int | None = None,
+        step: int | None = None,
+        segment: Segment | None = None,
+    ) -> Op:
         """The first such op."""
         return next(
             op
             for op in self.ops
-            if (op.kind, op.layer, op.mb) == (kind, layer, mb) and step in (None, op.step)
+            if (op.kind, op.layer, op.mb) == (kind, layer, mb)
+            and step in (None, op.step)
+            and segment in (None, op.segment)
         )
 
     def ordered(self, first: Op, second: Op) -> bool:
@@ -76,7 +85,9 @@ def test_every_layer_is_computed_once_for_every_micro_batch_that_has_rows(data):
     plan = data.draw(plans())
     steps = data.draw(steps_for(plan))
     computed = Counter(
-        (op.step, op.layer, op.mb) for op in ops_of(plan, steps) if op.kind == Kind.COMPUTE
+        (op.step, op.layer, op.mb)
+        for op in ops_of(plan, steps)
+        if op.kind == Kind.COMPUTE and op.segment in (None, Segment.OUT)
     )
     expected = Counter(
         (index, layer.position, batch.index)
@@ -120,7 +131,8 @@ def test_strategies_add_edges_and_change_nothing_else(data, strategy):
 
 def _what(op: Op) -> tuple[object, ...]:
     slots = (op.weight_slot, op.kv_slot, op.hidden_slot, op.embed_slot, op.stage_slot)
-    return (op.kind, op.step, op.layer, op.mb, op.reads, op.writes, slots)
+    what = (op.kind, op.segment, op.step, op.layer, op.mb)
+    return (*what, op.reads, op.writes, slots, op.attention_slot)
 
 
 # -- overlap --------------------------------------------------------------------------------------
@@ -183,6 +195,62 @@ def test_only_barriers_and_chains_are_called_strategy():
         assert bool(barriers) is (strategy in ("single", "multi"))
         reasons = {wait.why for op in ops for wait in op.waits_for}
         assert ("strategy" in reasons) is (strategy != "event")
+
+
+# -- attention on the CPU -------------------------------------------------------------------------
+
+APART = {"weights": CPU, "hidden": GPU, "cpu_attention": True}
+
+
+@pytest.mark.parametrize(("strategy", "ordered"), [("none", True), ("event", False)])
+def test_the_cpu_attends_beside_the_device_and_the_next_layers_load(strategy, ordered):
+    half = Shares(gpu=0.5, cpu=0.5)
+    plan = tiny_plan(
+        **APART, kv_cache=half, micro_batch_size=2, num_micro_batches=3, strategy=strategy
+    )
+    found = built(plan)
+    there = found.op(Kind.ATTEND_CPU, 1, 0)
+    for other in (
+        found.op(Kind.COMPUTE, 1, 0, segment=Segment.ATTEND),
+        found.op(Kind.LOAD_WEIGHT, 2, None),
+        found.op(Kind.COMPUTE, 1, 1, segment=Segment.QKV),
+    ):
+        assert (found.ordered(there, other) or found.ordered(other, there)) is ordered
+
+
+def test_a_layer_whose_rows_attend_on_the_cpu_moves_queries_and_no_cache():
+    plan = tiny_plan(**APART, kv_cache=CPU, micro_batch_size=7)
+    found = built(plan, num_steps=1)
+    made = [(op.kind, op.segment) for op in found.ops if op.layer == 2 and op.batch is not None]
+    assert made == [
+        (Kind.COMPUTE, Segment.QKV),
+        (Kind.MOVE_QUERY, None),
+        (Kind.ATTEND_CPU, None),
+        (Kind.MOVE_OUTPUT, None),
+        (Kind.COMPUTE, Segment.OUT),
+    ]
+    before, after = (
+        found.op(Kind.COMPUTE, 2, 0, segment=part) for part in Segment if part != "attend"
+    )
+    path = [before, *(found.op(kind, 2, 0) for kind, part in made if part is None), after]
+    assert all(found.ordered(*pair) for pair in itertools.pairwise(path))
+
+
+def test_prompts_attend_on_the_device_whatever_decodes_beside_them():
+    plan = tiny_plan(**APART, kv_cache=CPU, micro_batch_size=7)
+    rows = [Row(0, 0, 8, (3,), True), Row(1, 1, 8, (3, 4, 5), False)]
+    ops = ops_of(plan, [(MicroBatch(0, tuple(rows)),)])
+    kinds = [op.kind for op in ops if op.layer == 1]
+    assert {Kind.LOAD_CACHE, Kind.STORE_CACHE, Kind.ATTEND_CPU} <= set(kinds)
+
+
+@pytest.mark.parametrize(
+    "knobs", [{"tier": Tier.CPU, "weights": CPU, "hidden": CPU}, {"kv_cache": GPU}]
+)
+def test_attention_stays_where_the_cache_is_beside_the_device_anyway(knobs):
+    plan = tiny_plan(**{**APART, "kv_cache": CPU, **knobs})
+    assert not plan.attends_on_cpu
+    assert Kind.ATTEND_CPU not in {op.kind for op in ops_of(plan, [step_of(plan)])}
 
 
 # -- weights --------------------------------------------------------------------------------------
