@@ -139,6 +139,22 @@ def check_records(reference: Reference, records: Mapping[int, Mapping[str, Any]]
         assert record["usage"]["completion_tokens"] == len(tokens)
 
 
+def check_logits(
+    reference: Reference, records: Mapping[int, Mapping[str, Any]], seen: Logits
+) -> None:
+    """Logits are the reference's as long as the tokens before them are."""
+    for index, steps in seen.by_request.items():
+        same = len(steps)
+        for step, logits_V in enumerate(steps):
+            if records[index]["token_ids"][:step] != list(reference.tokens[index][:step]):
+                same = step  # after a tie the contexts differ
+                break
+            torch.testing.assert_close(
+                logits_V, reference.logits[index][step], atol=TOLERANCE, rtol=0
+            )
+        assert same > 0
+
+
 def check_matrix_case(
     hf_checkpoint: Any, hf_reference: Any, tmp_path: Path, variant: str, place: str, strategy: str
 ) -> None:
@@ -154,16 +170,7 @@ def check_matrix_case(
         probes=Probes(before_op=seen.before_op, on_stage=seen.on_stage, poison=True),
     )
     check_records(reference, records)
-    for index, steps in seen.by_request.items():
-        same = len(steps)
-        for step, logits_V in enumerate(steps):
-            if records[index]["token_ids"][:step] != list(reference.tokens[index][:step]):
-                same = step  # after a tie the contexts differ
-                break
-            torch.testing.assert_close(
-                logits_V, reference.logits[index][step], atol=TOLERANCE, rtol=0
-            )
-        assert same > 0
+    check_logits(reference, records, seen)
     assert len({token for record in records.values() for token in record["token_ids"]}) >= 20
 
 
