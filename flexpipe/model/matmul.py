@@ -20,7 +20,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -93,6 +93,9 @@ class CompressedWeight:
     def dtype(self) -> torch.dtype:
         """Of the bytes it has: never one to compute in."""
         return self.rows_OB.dtype
+
+    def __getitem__(self, rows: slice) -> CompressedWeight:
+        return CompressedWeight(self.rows_OB[rows], self.codec, self.num_in)
 
     def take(self, index_T: Tensor) -> CompressedWeight:
         """The rows at `index_T`, copied."""
@@ -170,7 +173,7 @@ def multiply(
     step = _convert_step(num_out, num_in)
     scratch = ws.take((step, num_in), dtype)
     for columns in _blocks(num_out, step):
-        converted = convert(_rows(weight_OI, columns), scratch[: columns.stop - columns.start])
+        converted = convert(weight_OI[columns], scratch[: columns.stop - columns.start])
         bias = None if bias_O is None else bias_O[columns]
         _multiply(x_TI, converted, bias, out_TO[:, columns], add=add)
     ws.release(mark)
@@ -220,12 +223,6 @@ def _in_one_block(x_TI: Tensor, weight_OI: Weight) -> Tensor | None:
     if not isinstance(weight_OI, Tensor) or weight_OI.dtype != x_TI.dtype:
         return None
     return weight_OI if _suits_onednn(x_TI, weight_OI) else None
-
-
-def _rows(weight_OI: Tensor | CompressedWeight, rows: slice) -> Tensor | CompressedWeight:
-    if isinstance(weight_OI, CompressedWeight):
-        return replace(weight_OI, rows_OB=weight_OI.rows_OB[rows])
-    return weight_OI[rows]
 
 
 def _convert_step(num_out: int, num_in: int) -> int:

@@ -102,6 +102,7 @@ def run(
     max_tokens: int = MAX_NEW,
     probes: Probes | None = None,
     fail_fast: bool = False,
+    **more: Any,
 ) -> tuple[Report, dict[int, dict[str, Any]]]:
     """Run token-id prompts; the report and each prompt's record."""
     lines = [json.dumps({"id": i, "prompt_token_ids": p}) for i, p in enumerate(prompts)]
@@ -116,8 +117,8 @@ def run(
         given=given,
         offload_dir=tmp_path / "offload",
         fail_fast=fail_fast,
-        overwrite=True,
         progress=False,
+        **{"overwrite": True, **more},
     )
     report = run_job(spec, probes)
     records = [json.loads(line) for line in spec.output_path.read_text().splitlines()]
