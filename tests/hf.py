@@ -8,6 +8,7 @@ once per test session.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,6 +160,30 @@ def _scale_weights(model: torch.nn.Module, seed: int) -> None:
             else:  # OPT's ReLU pushes all tokens one way, so its MLP speaks more softly
                 gain = 0.7 if ".fc" in name else 1.5
                 weight.copy_(noise * gain / weight.shape[1] ** 0.5)
+
+
+def widened_checkpoint(source: Path, target: Path, knobs: Mapping[str, Any]) -> Path:
+    """A copy in float32 whose matrices hold what the `compress_*` knobs leave of them."""
+    from safetensors.torch import load_file, save_file
+
+    from flexpipe.kernels.codec import compress, widen
+    from flexpipe.model.families import read_config
+    from flexpipe.plan.placement import is_shared, meets_vocabulary, model_tensors
+    from flexpipe.plan.policy import Policy
+
+    policy = Policy(**knobs)
+    shutil.copytree(source, target)
+    config = read_config(json.loads((source / "config.json").read_text()))
+    tensors = {name: t.float() for name, t in load_file(target / "model.safetensors").items()}
+    for spec in model_tensors(config):
+        codec = policy.vocabulary_codec if meets_vocabulary(spec) else policy.weight_codec
+        if codec is not None and is_shared(spec):
+            matrix = tensors[spec.name]
+            rows = torch.empty(len(matrix), codec.row_bytes(matrix.shape[1]), dtype=torch.uint8)
+            compress(matrix, codec, rows)
+            widen(rows, codec, matrix)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
 
 
 def load_reference_model(directory: Path, dtype: torch.dtype = torch.float32) -> Any:

@@ -105,6 +105,13 @@ def transient_bytes(
     return max(attended + tiles, norm, masks, turns, product)
 
 
+def widen_bytes(num_elements: int, *, in_slices: bool = True) -> int:
+    """Bytes that widening so many compressed numbers takes and frees, where no kernel does it."""
+    if in_slices:
+        num_elements = min(num_elements, CONVERT_ELEMENTS)
+    return num_elements * (2 * FLOAT_BYTES + 1)
+
+
 def decoder_flops(config: ModelConfig, num_tokens: int, num_attended: int) -> int:
     """FLOPs of one decoder layer; `num_attended` sums the keys that each new token sees."""
     return (

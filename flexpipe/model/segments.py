@@ -27,7 +27,7 @@ from flexpipe.kernels.attend import attend_rows
 from flexpipe.model.batch import Batch, Piece, RopeTable, RowSpan
 from flexpipe.model.config import ModelConfig
 from flexpipe.model.cost import NORM_ELEMENTS, NORM_ROWS, RESULT_ROWS
-from flexpipe.model.matmul import Weight, activated, multiply
+from flexpipe.model.matmul import CompressedWeight, Weight, activated, convert, multiply
 from flexpipe.model.workspace import Workspace
 
 __all__ = [
@@ -96,7 +96,7 @@ class HeadWeights:
 
 
 def embed(
-    rows_TE: Tensor,
+    rows_TE: Tensor | CompressedWeight,
     hidden_TH: Tensor,
     weights: EmbedWeights,
     batch: Batch,
@@ -106,13 +106,12 @@ def embed(
     """Writes the first hidden states from gathered embedding rows."""
     mark = ws.mark()
     if config.has_projections:
-        rows = rows_TE
-        if rows.dtype != hidden_TH.dtype:
-            rows = ws.take(tuple(rows_TE.shape), hidden_TH.dtype).copy_(rows_TE)
-        multiply(rows, weights.project_in, None, hidden_TH, ws)
+        if isinstance(rows_TE, CompressedWeight) or rows_TE.dtype != hidden_TH.dtype:
+            rows_TE = convert(rows_TE, ws.take(tuple(rows_TE.shape), hidden_TH.dtype))
+        multiply(rows_TE, weights.project_in, None, hidden_TH, ws)
         ws.release(mark)
     else:
-        hidden_TH.copy_(rows_TE)
+        convert(rows_TE, hidden_TH)
     if weights.embed_positions is not None:
         table = weights.embed_positions[config.position_offset :]
         positions_TH = ws.take(tuple(hidden_TH.shape), table.dtype)

@@ -36,6 +36,7 @@ from flexpipe.model.cost import (
     out_flops,
     qkv_flops,
 )
+from flexpipe.model.matmul import CompressedWeight
 from flexpipe.model.sampling import choose
 from flexpipe.model.workspace import Workspace
 from flexpipe.plan.layer import LayerKind, LayerPlan
@@ -154,7 +155,7 @@ class Stage:
 
         def load() -> None:
             with torch.inference_mode():
-                self.weights.load(progress)
+                self.weights.load(progress, self._device.stop)
 
         with ThreadPoolExecutor(1, "flexpipe-load") as thread:
             loaded = thread.submit(load)
@@ -404,11 +405,15 @@ class Stage:
 
     def _compute_embed(self, op: Op, layout: _Layout, parts: LayerParts, hidden_TH: Tensor) -> None:
         assert layout.batch is not None and isinstance(parts.weights, segments.EmbedWeights)
+        rows_TE: Tensor | CompressedWeight
         if parts.embed_tokens is None:
             rows_TE = self._embed_rows(op, on_stage=False)
+            if codec := self.plan.embedding.codec:
+                rows_TE = CompressedWeight(rows_TE, codec, self.plan.config.input_size)
+        elif isinstance(parts.embed_tokens, CompressedWeight):
+            rows_TE = parts.embed_tokens.take(self._to_device(layout.ids_T))
         else:
-            ids_T = self._to_device(layout.ids_T)
-            rows_TE = torch.embedding(parts.embed_tokens, ids_T)
+            rows_TE = torch.embedding(parts.embed_tokens, self._to_device(layout.ids_T))
         segments.embed(
             rows_TE, hidden_TH, parts.weights, layout.batch, self.plan.config, self._workspace
         )
@@ -587,10 +592,9 @@ class Stage:
         slot = op.stage_slot if on_stage else op.embed_slot
         assert slot is not None
         slab = (self._embed_stages if on_stage else self._embed_slots)[slot]
-        config = self.plan.config
-        placed = self.plan.placement.tensors[config.tensor_names["embed_tokens"]]
-        shape = (self._rows(op).num_new, config.input_size)
-        return typed(slab, torch_dtype(placed.dtype), shape)
+        table = self.plan.embedding
+        shape = (self._rows(op).num_new, table.shape[1])
+        return typed(slab, torch_dtype(table.dtype), shape)
 
     def _logits_view(self, mb: int, rows: int) -> Tensor:
         slab = self._logits[0 if len(self._logits) == 1 else mb]

@@ -17,9 +17,11 @@ from flexpipe.model.config import attention_tensors, mlp_tensors
 from flexpipe.model.families import read_config
 from flexpipe.model.sampling import greedy
 from flexpipe.model.segments import Batch, LayerWeights, RopeTable, RowSpan, Workspace
-from tests.hf import TOLERANCE, VARIANTS
+from flexpipe.plan.codec import Codec
+from tests.hf import TOLERANCE, VARIANTS, widened_checkpoint
 from tests.model.loop import Decoder, generate
 
+BOTH = ("compress_weight", "compress_vocabulary")
 QWEN3 = read_config(
     {
         "architectures": ["Qwen3ForCausalLM"],
@@ -85,6 +87,17 @@ def test_planned_workspace_holds_what_is_used_and_little_more(variant, wire, kv,
     assert decoder.ws.peak_bytes >= decoder.planned_bytes // 2
 
 
+@pytest.mark.parametrize("wire", ["float32", "bfloat16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_planned_workspace_holds_what_compressed_weights_use(variant, wire, hf_checkpoint):
+    lengths = [1, 40, 300, 20]
+    path = hf_checkpoint(variant, dtype=wire)
+    decoder = Decoder(path, num_rows=4, max_tokens=sum(lengths), codec=Codec(bits=4))
+    generate(decoder, [[7] * n for n in lengths], 2)
+    assert decoder.ws.peak_bytes <= decoder.planned_bytes
+    assert decoder.ws.peak_bytes >= decoder.planned_bytes // 2
+
+
 @pytest.mark.parametrize("num_tokens", [1, 3, 500])
 def test_planned_workspace_covers_small_and_large_batches(num_tokens, hf_checkpoint):
     for variant in ("opt-350m", "llama3", "qwen3"):
@@ -107,6 +120,22 @@ def test_weights_converted_on_the_fly_equal_weights_converted_before(
     prompts = [[5, 6, 7], list(range(10, 90))]
     before = generate(Decoder(path, num_rows=2, wire=torch.float32), prompts, 3)
     on_the_fly = generate(Decoder(path, num_rows=2), prompts, 3)
+    for expected, logits in zip(before, on_the_fly, strict=True):
+        torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("slice_elements", [cost.CONVERT_ELEMENTS, 1000])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("variant", ["opt", "opt-350m", "llama3-tied", "qwen3"])
+def test_compressed_weights_compute_like_what_they_widen_to(
+    variant, bits, slice_elements, hf_checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(matmul, "CONVERT_ELEMENTS", slice_elements)
+    path, knobs = hf_checkpoint(variant), dict.fromkeys(BOTH, str(bits))
+    widened = widened_checkpoint(path, tmp_path / "widened", knobs)
+    prompts = [[5, 6, 7], list(range(10, 90))]
+    before = generate(Decoder(widened, num_rows=2), prompts, 3)
+    on_the_fly = generate(Decoder(path, num_rows=2, codec=Codec(bits=bits)), prompts, 3)
     for expected, logits in zip(before, on_the_fly, strict=True):
         torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE)
 
