@@ -442,7 +442,8 @@ class Stage:
             [RowSpan(row.num_context, row.num_new, row.sampled) for row in run.rows]
             for run in layout.runs
         ]
-        return Batch.build(self.plan.config, spans, self._rope, self._to_device, self._dtype)
+        codec = self.plan.policy.cache_codec
+        return Batch.build(self.plan.config, spans, self._rope, self._to_device, self._dtype, codec)
 
     def _to_device(self, index: Tensor) -> Tensor:
         if not self._device.has_streams:
