@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from flexpipe.errors import InputError
 from flexpipe.job.batcher import Admitted, Batcher, Entry, Finished
@@ -34,6 +35,7 @@ from flexpipe.job.stop import cut_at_stop
 from flexpipe.job.tokenizer import Tokenizer
 from flexpipe.memory.disk import DiskFile, physical_bytes_read
 from flexpipe.memory.offload import OffloadDirectory
+from flexpipe.plan.codec import FORMAT_VERSION
 from flexpipe.plan.hardware import reset_peak_rss
 from flexpipe.plan.plan import Plan
 from flexpipe.plan.policy import Policy
@@ -126,15 +128,20 @@ def _fingerprint(spec: JobSpec, model: Model) -> dict[str, str]:
         "model": model.identity,
         "end tokens": digest(sorted(model.eos_token_ids)),
         "compute dtype": model.compute_dtype,
-        **_compression(Policy(**spec.given)),
+        **_compression(spec.given),
         **{f"default {name}": value for name, value in params.items()},
     }
 
 
-def _compression(policy: Policy) -> dict[str, str]:
-    """What is compressed and how; nothing where nothing is."""
-    codecs = {"weights": policy.weight_codec, "vocabulary": policy.vocabulary_codec}
-    return {f"compressed {what}": str(codec) for what, codec in codecs.items() if codec}
+def _compression(given: Mapping[str, Any]) -> dict[str, str]:
+    """What is compressed and how; nothing is unless it was asked for."""
+    asked = Policy(**{name: knob for name, knob in given.items() if name.startswith("compress_")})
+    codecs = {
+        "compressed weights": asked.weight_codec,
+        "compressed vocabulary": asked.vocabulary_codec,
+        "compressed KV cache": asked.cache_codec,
+    }
+    return {name: f"{codec}, format {FORMAT_VERSION}" for name, codec in codecs.items() if codec}
 
 
 @dataclass(frozen=True, slots=True)

