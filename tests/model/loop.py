@@ -138,7 +138,9 @@ class Decoder:
             [RowSpan(self.lengths[row], len(new), row in sampled) for row, new in run]
             for run in runs
         ]
-        batch = Batch.build(config, spans, self.rope, lambda t: t, self.compute, self.kv_codec)
+        batch = Batch.build(
+            config, spans, self.rope, lambda t: t, self.compute, kv_codec=self.kv_codec
+        )
         batch = self.tamper(batch)
         ids = torch.tensor([token for run in runs for _, new in run for token in new]).long()
         ws.reset()
