@@ -39,7 +39,11 @@ def compress(x_MN: Tensor, codec: Codec, out_MB: Tensor) -> None:
     whole = size // codec.group_size * codec.group_size
     parts = []
     if whole:
-        parts.append(_codes(x_MN[:, :whole].view(rows, -1, codec.group_size), codec.bits))
+        parts.append(
+            _codes(
+                x_MN[:, :whole].view(rows, whole // codec.group_size, codec.group_size), codec.bits
+            )
+        )
     if whole < size:
         parts.append(_codes(x_MN[:, whole:].unsqueeze(1), codec.bits))
     codes = torch.cat([codes for codes, _ in parts], 1)
@@ -104,7 +108,7 @@ def _widen_by_torch(rows_MB: Tensor, codec: Codec, out_MN: Tensor) -> None:
     """Whole groups in one go, then what is left."""
     size = out_MN.shape[-1]
     params = rows_MB[..., codec.code_bytes(size) :].contiguous().view(torch.float16).float()
-    params = _split(params, (-1, 1, 2))
+    params = _split(params, (codec.num_groups(size), 1, 2))
     group, whole = codec.group_size, size // codec.group_size
     group_bytes = group * codec.bits // 8
     if whole:

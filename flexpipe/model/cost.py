@@ -26,7 +26,7 @@ MASK_BLOCK = 256  # queries of one row that share an attention mask
 WIDEN_ROOM = 1 << 22  # elements of a KV cache in another form that stand widened, or one row's
 COMPRESS_ELEMENTS = 1 << 18  # keys and values compressed at a time
 WIDEN_ELEMENTS = 1 << 20  # … and widened
-CODEC_BYTES = 20  # that torch takes per number while it compresses or widens
+CODEC_BYTES = 12  # that torch takes per number while it compresses or widens; 10 were seen
 INDEX_BYTES = 8
 FLOAT_BYTES = 4
 

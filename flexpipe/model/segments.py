@@ -374,7 +374,7 @@ def _compressed(kv_T2KD: Tensor, codec: Codec, ws: Workspace) -> Tensor:
     num_tokens, dim = kv_T2KD.shape[0], kv_T2KD.shape[3]
     row_bytes = codec.row_bytes(dim)
     kv_T2KX = ws.take((*kv_T2KD.shape[:3], row_bytes), torch.uint8)
-    step = max(1, COMPRESS_ELEMENTS // kv_T2KD[:1].numel())
+    step = max(1, COMPRESS_ELEMENTS // math.prod(kv_T2KD.shape[1:]))
     for first in range(0, num_tokens, step):
         part, target = kv_T2KD[first : first + step], kv_T2KX[first : first + step]
         compress(part.reshape(-1, dim), codec, target.view(-1, row_bytes))
