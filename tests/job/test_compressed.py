@@ -284,7 +284,7 @@ def test_a_job_goes_on_only_with_the_compression_it_began_with(
     with pytest.raises(InputError, match="compressed weights was absent, is 4 bits"):
         go_on(compress_weight="4")
     run(source, tmp_path, [[5] * 20], "cpu", {"compress_vocabulary": "8"})
-    with pytest.raises(InputError, match="of 64, is 8 bits in groups of 128"):
+    with pytest.raises(InputError, match="of 64, format 1, is 8 bits in groups of 128"):
         go_on(compress_vocabulary="8", compress_group=128)
 
 

@@ -18,7 +18,15 @@ from flexpipe.plan.codec import Codec
 from flexpipe.plan.plan import Plan
 from flexpipe.plan.policy import STRATEGIES, percent_shares
 from flexpipe.plan.tier import Tier
-from tests.hf import CODED_TIE, Reference, check_tokens
+from tests.hf import (
+    CODED_TIE,
+    Reference,
+    check_tokens,
+    load_reference_model,
+    ragged_prompts,
+    reference_generate,
+    widened_checkpoint,
+)
 from tests.runtime.conftest import LENGTHS, LIMITS
 from tests.runtime.jobs import EVERYWHERE, EVERYWHERE_ON_CPU, Outcome, Runner
 
@@ -76,6 +84,22 @@ def test_every_family_emits_the_tokens_of_a_reference_that_compresses_its_own(
     check(runner({**knobs, **compressing(codec)}, device=device, probes=probes), answers)
 
 
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+@pytest.mark.parametrize(
+    ("device", "knobs"), [("emulated", {**EVERY_TIER, **CHUNKED}), ("cpu", EVERYWHERE_ON_CPU)]
+)
+def test_weights_vocabulary_and_cache_may_be_compressed_at_once(
+    hf_checkpoint, tmp_path, device, knobs, codec
+):
+    """The emulated device's rows attend on the CPU too, where their cache is there."""
+    source, bits = hf_checkpoint("llama3"), str(codec.bits)
+    both = {"compress_weight": bits, "compress_vocabulary": bits}
+    model = load_reference_model(widened_checkpoint(source, tmp_path / "widened", both))
+    answers = reference_generate(model, ragged_prompts(LENGTHS), max(LIMITS), codec)
+    runner = Runner(source, tmp_path, answers.prompts, LIMITS)
+    check(runner({**knobs, **both, **compressing(codec)}, device=device), answers)
+
+
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
 def test_rows_widened_a_few_at_a_time_emit_the_same_tokens(references, device, monkeypatch):
     """As on an accelerator, where no kernel attends in place."""
@@ -114,6 +138,7 @@ def policies(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
         "separate_layers": draw(st.booleans()),
         "prefetch_depth": draw(st.sampled_from([1, 2, 7])),
         "max_batch_tokens": draw(st.sampled_from([8, 16, 64, 2048])),
+        "cpu_attention": draw(st.booleans()),
     }
 
 
@@ -179,4 +204,7 @@ def test_planned_bytes_are_moved_bytes_are_the_bytes_of_the_codec(references, co
     fetched = 9 * sum(count for _, count in answered)  # a token and whether it is finite
     travels = home != "gpu"
     assert moved.get("h2d", 0) == 3 * token_bytes * loaded * travels
-    assert moved["d2h"] - fetched == 3 * token_bytes * stored * travels
+    missing = 3 * token_bytes * stored * travels - (moved["d2h"] - fetched)
+    # nobody waits for the last step's stores, so the end of the run may find them undone
+    assert missing % token_bytes == 0
+    assert 0 <= missing <= 3 * token_bytes * 3 * travels
