@@ -8,6 +8,7 @@ once per test session.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from flexpipe.kernels import codec as codec_module
+from flexpipe.kernels.codec import compress
+from flexpipe.plan.codec import Codec
+
 VOCAB = 320
 MAX_POSITIONS = 512
 TIE = 1e-4  # tokens may part only where the reference's two best logits are closer than this
 TOLERANCE = 1e-4  # on logits, in float32
+# the same where the KV cache is compressed: noise of the last bit may turn over a code that lies
+# between two, and a code of 4 bits is a fifteenth of its group's range
+CODED_TIE = 0.1
+CODED_TOLERANCE = 0.4
 
 _SMALL: Mapping[str, Any] = {
     "vocab_size": VOCAB,
@@ -103,6 +112,10 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ),
     "qwen3": ("qwen3", {**_SMALL, "num_key_value_heads": 2, "head_dim": 32}),
 }
+# for claims of their own
+OTHERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "qwen3-wide": ("qwen3", {**_SMALL, "num_key_value_heads": 2, "head_dim": 80}),
+}
 
 
 @dataclass(frozen=True)
@@ -129,7 +142,7 @@ def build_checkpoint(
     """Saves a tiny random model of `variant` with safetensors and returns its directory."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model_type, keys = VARIANTS[variant]
+    model_type, keys = {**VARIANTS, **OTHERS}[variant]
     config = AutoConfig.for_model(model_type, **json.loads(json.dumps(keys)))
     model = AutoModelForCausalLM.from_config(config).eval()
     _scale_weights(model, seed)
@@ -161,6 +174,30 @@ def _scale_weights(model: torch.nn.Module, seed: int) -> None:
                 weight.copy_(noise * gain / weight.shape[1] ** 0.5)
 
 
+def widened_checkpoint(source: Path, target: Path, knobs: Mapping[str, Any]) -> Path:
+    """A copy in float32 whose matrices hold what the `compress_*` knobs leave of them."""
+    from safetensors.torch import load_file, save_file
+
+    from flexpipe.kernels.codec import compress, widen
+    from flexpipe.model.families import read_config
+    from flexpipe.plan.placement import is_shared, meets_vocabulary, model_tensors
+    from flexpipe.plan.policy import Policy
+
+    policy = Policy(**knobs)
+    shutil.copytree(source, target)
+    config = read_config(json.loads((source / "config.json").read_text()))
+    tensors = {name: t.float() for name, t in load_file(target / "model.safetensors").items()}
+    for spec in model_tensors(config):
+        codec = policy.vocabulary_codec if meets_vocabulary(spec) else policy.weight_codec
+        if codec is not None and is_shared(spec):
+            matrix = tensors[spec.name]
+            rows = torch.empty(len(matrix), codec.row_bytes(matrix.shape[1]), dtype=torch.uint8)
+            compress(matrix, codec, rows)
+            widen(rows, codec, matrix)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
 def load_reference_model(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The checkpoint as transformers runs it, attention spelled out."""
     from transformers import AutoModelForCausalLM
@@ -171,9 +208,11 @@ def load_reference_model(directory: Path, dtype: torch.dtype = torch.float32) ->
     return model.eval()
 
 
-def reference_generate(model: Any, prompts: Sequence[Sequence[int]], max_new: int) -> Reference:
+def reference_generate(
+    model: Any, prompts: Sequence[Sequence[int]], max_new: int, kv_codec: Codec | None = None
+) -> Reference:
     """Greedy decoding, prompt by prompt and without padding; end tokens do not stop it."""
-    answers = [_generate_one(model, prompt, max_new) for prompt in prompts]
+    answers = [_generate_one(model, prompt, max_new, kv_codec) for prompt in prompts]
     return Reference(
         prompts=tuple(tuple(prompt) for prompt in prompts),
         tokens=tuple(tokens for tokens, _ in answers),
@@ -183,11 +222,12 @@ def reference_generate(model: Any, prompts: Sequence[Sequence[int]], max_new: in
 
 @torch.inference_mode()
 def _generate_one(
-    model: Any, prompt: Sequence[int], max_new: int
+    model: Any, prompt: Sequence[int], max_new: int, kv_codec: Codec | None
 ) -> tuple[tuple[int, ...], Tensor]:
     tokens: list[int] = []
     logits: list[Tensor] = []
-    given, kv_cache = list(prompt), None
+    given = list(prompt)
+    kv_cache = None if kv_codec is None else compressing_cache(model.config, kv_codec)
     for _ in range(max_new):
         answer = model(torch.tensor([given]), past_key_values=kv_cache, use_cache=True)
         kv_cache = answer.past_key_values
@@ -197,17 +237,41 @@ def _generate_one(
     return tuple(tokens), torch.stack(logits)
 
 
+def compressing_cache(config: Any, codec: Codec) -> Any:
+    """transformers' cache, but keys and values become what their compressed groups stand for."""
+    from transformers import DynamicCache
+
+    class Compressing(DynamicCache):
+        def update(self, key_states: Tensor, value_states: Tensor, *where: Any, **how: Any) -> Any:
+            kept = (compressed_and_back(x, codec) for x in (key_states, value_states))
+            return super().update(*kept, *where, **how)
+
+    return Compressing(config=config)
+
+
+def compressed_and_back(x: Tensor, codec: Codec) -> Tensor:
+    """By torch's operations, each row of the last dimension by itself."""
+    rows_MN = x.reshape(-1, x.shape[-1])
+    coded_MB = torch.empty(len(rows_MN), codec.row_bytes(x.shape[-1]), dtype=torch.uint8)
+    compress(rows_MN, codec, coded_MB)
+    back_MN = torch.empty(rows_MN.shape)
+    codec_module._widen_by_torch(coded_MB, codec, back_MN)
+    return back_MN.view(x.shape)
+
+
 def ragged_prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
 
 
-def check_tokens(reference: Reference, prompt: int, tokens: Sequence[int]) -> int | None:
+def check_tokens(
+    reference: Reference, prompt: int, tokens: Sequence[int], tie: float = TIE
+) -> int | None:
     """Raises unless `tokens` are the reference's up to a tie; returns the step of such a tie."""
     for step, (expected, token) in enumerate(zip(reference.tokens[prompt], tokens, strict=False)):
         if token != expected:
             margin = reference.margin(prompt, step)
-            if margin >= TIE:
+            if margin >= tie:
                 raise Disagreement(
                     f"prompt {prompt} step {step}: token {token} instead of {expected}, whose "
                     f"logit leads by {margin:.2e}"
@@ -246,15 +310,21 @@ def hf_reference(hf_checkpoint: CheckpointFactory) -> ReferenceFactory:
     answers: dict[tuple[Any, ...], Reference] = {}
 
     def reference(
-        variant: str, *, lengths: Sequence[int], max_new: int, seed: int = 0, **how: Any
+        variant: str,
+        *,
+        lengths: Sequence[int],
+        max_new: int,
+        seed: int = 0,
+        kv_codec: Codec | None = None,
+        **how: Any,
     ) -> Reference:
         checkpoint_key = (variant, *sorted(how.items()))
-        key = (checkpoint_key, tuple(lengths), max_new, seed)
+        key = (checkpoint_key, tuple(lengths), max_new, seed, kv_codec)
         if key not in answers:
             if checkpoint_key not in models:
                 models[checkpoint_key] = load_reference_model(hf_checkpoint(variant, **how))
             prompts = ragged_prompts(lengths, seed)
-            answers[key] = reference_generate(models[checkpoint_key], prompts, max_new)
+            answers[key] = reference_generate(models[checkpoint_key], prompts, max_new, kv_codec)
         return answers[key]
 
     return reference

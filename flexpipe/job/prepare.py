@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -16,14 +17,15 @@ from flexpipe.job.batcher import Entry
 from flexpipe.job.request import BadLine
 from flexpipe.job.spec import JobSpec
 from flexpipe.job.tokenizer import Tokenizer
-from flexpipe.memory.checkpoint import Checkpoint
+from flexpipe.memory.checkpoint import Checkpoint, StoredTensor
+from flexpipe.memory.compressed import FOLDER, CompressedCache
 from flexpipe.memory.offload import OffloadDirectory
 from flexpipe.memory.source import open_checkpoint
 from flexpipe.model.config import ModelConfig
 from flexpipe.model.families import read_config
 from flexpipe.model.matmul import multiplies_bfloat16_faster
 from flexpipe.plan.hardware import free_disk, free_memory, rss_bytes
-from flexpipe.plan.placement import Stored, model_tensors
+from flexpipe.plan.placement import model_tensors
 from flexpipe.plan.plan import Budgets, Plan, Planner, check_fits
 from flexpipe.plan.policy import Policy
 from flexpipe.plan.rule import advice, choose_plan
@@ -42,7 +44,11 @@ class Model:
     tokenizer: Tokenizer
     eos_token_ids: frozenset[int]
     compute_dtype: str
-    stored: Mapping[str, Stored]
+    stored: Mapping[str, StoredTensor]
+
+    @cached_property
+    def identity(self) -> str:
+        return self.checkpoint.identity()
 
     @classmethod
     def open(cls, spec: JobSpec, offload: OffloadDirectory, *, needs_text: bool) -> Model:
@@ -77,10 +83,11 @@ class Model:
 
 
 def plan_job(
-    spec: JobSpec, model: Model, entries: Sequence[Entry], offload: Path
+    spec: JobSpec, model: Model, entries: Sequence[Entry], offload: OffloadDirectory
 ) -> tuple[Plan, list[Entry], list[BadLine]]:
     """A plan that fits, the requests it serves, and those that do not fit even alone."""
-    limits = _budgets(spec, model.device, offload)
+    limits = _budgets(spec, model.device, offload.path)
+    compressed = CompressedCache(offload.cache / FOLDER, model.stored, lambda: model.identity)
 
     def make(served: Sequence[Entry]) -> tuple[Plan, Planner]:
         planner = Planner(
@@ -90,6 +97,7 @@ def plan_job(
             limits,
             device_tier=model.device.tier,
             compute_dtype=model.compute_dtype,
+            compress=compressed.locate,
         )
         return choose_plan(spec.given, planner, model.device.tier, len(served)), planner
 

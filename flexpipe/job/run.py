@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from flexpipe.errors import InputError
 from flexpipe.job.batcher import Admitted, Batcher, Entry, Finished
@@ -34,8 +35,10 @@ from flexpipe.job.stop import cut_at_stop
 from flexpipe.job.tokenizer import Tokenizer
 from flexpipe.memory.disk import DiskFile, physical_bytes_read
 from flexpipe.memory.offload import OffloadDirectory
+from flexpipe.plan.codec import FORMAT_VERSION
 from flexpipe.plan.hardware import reset_peak_rss
 from flexpipe.plan.plan import Plan
+from flexpipe.plan.policy import Policy
 from flexpipe.plan.tier import Tier
 from flexpipe.runtime.device import Device
 from flexpipe.runtime.executor import ChangeOps, execute
@@ -122,11 +125,23 @@ def _fingerprint(spec: JobSpec, model: Model) -> dict[str, str]:
 
     params = {name: str(value) for name, value in asdict(spec.params).items()}
     return {
-        "model": model.checkpoint.identity(),
+        "model": model.identity,
         "end tokens": digest(sorted(model.eos_token_ids)),
         "compute dtype": model.compute_dtype,
+        **_compression(spec.given),
         **{f"default {name}": value for name, value in params.items()},
     }
+
+
+def _compression(given: Mapping[str, Any]) -> dict[str, str]:
+    """What is compressed and how; nothing is unless it was asked for."""
+    asked = Policy(**{name: knob for name, knob in given.items() if name.startswith("compress_")})
+    codecs = {
+        "compressed weights": asked.weight_codec,
+        "compressed vocabulary": asked.vocabulary_codec,
+        "compressed KV cache": asked.cache_codec,
+    }
+    return {name: f"{codec}, format {FORMAT_VERSION}" for name, codec in codecs.items() if codec}
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +171,7 @@ def _run(job: _Job, offload: OffloadDirectory, probes: Probes) -> Report:
         entries = _take_in(job, intake, outcome)
         if not entries:
             return _nothing_to_do(job, outcome)
-        plan, entries, refused = plan_job(spec, model, entries, offload.path)
+        plan, entries, refused = plan_job(spec, model, entries, offload)
         for line in refused:
             outcome.reject(line, spec.fail_fast)
         total = outcome.tally.num_requests
@@ -215,6 +230,7 @@ def _compute(
         run_s = time.perf_counter() - began
         read_after = physical_bytes_read()
         disk_bytes = sum(file.allocated_bytes for file in files.values())
+        disk_bytes += stage.weights.compressed_bytes
     if spec.trace_path is not None:
         write_trace(spec.trace_path, recorder.spans, plan)
     known = read_before is not None and read_after is not None

@@ -39,7 +39,11 @@ def compress(x_MN: Tensor, codec: Codec, out_MB: Tensor) -> None:
     whole = size // codec.group_size * codec.group_size
     parts = []
     if whole:
-        parts.append(_codes(x_MN[:, :whole].view(rows, -1, codec.group_size), codec.bits))
+        parts.append(
+            _codes(
+                x_MN[:, :whole].view(rows, whole // codec.group_size, codec.group_size), codec.bits
+            )
+        )
     if whole < size:
         parts.append(_codes(x_MN[:, whole:].unsqueeze(1), codec.bits))
     codes = torch.cat([codes for codes, _ in parts], 1)
@@ -50,12 +54,22 @@ def compress(x_MN: Tensor, codec: Codec, out_MB: Tensor) -> None:
 
 
 def widen(rows_MB: Tensor, codec: Codec, out_MN: Tensor) -> None:
-    """The numbers that compressed rows stand for; `out_MN` may have gaps between its rows."""
-    assert out_MN.stride(1) == 1 and rows_MB.stride(1) == 1
-    if out_MN.is_cpu and team.available():
+    """The numbers that compressed rows stand for; `out_MN` may have gaps between its rows.
+
+    M may be several dimensions, of which all but the first lie without gaps.
+    """
+    assert out_MN.stride(-1) == 1 and rows_MB.stride(-1) == 1
+    if not (out_MN.is_cpu and team.available()):
+        _widen_by_torch(rows_MB, codec, out_MN)
+    elif rows_MB.dim() == 2:
         _widen_by_kernel(rows_MB, codec, out_MN)
     else:
-        _widen_by_torch(rows_MB, codec, out_MN)
+        for part_MB, part_MN in zip(rows_MB, out_MN, strict=True):
+            _widen_by_kernel(_as_rows(part_MB), codec, _as_rows(part_MN))
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    return x.view(-1, x.shape[-1])
 
 
 def _codes(x_MGS: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -92,19 +106,29 @@ def _rounded_up(x: Tensor) -> Tensor:
 
 def _widen_by_torch(rows_MB: Tensor, codec: Codec, out_MN: Tensor) -> None:
     """Whole groups in one go, then what is left."""
-    num_rows, size = out_MN.shape
-    params = rows_MB[:, codec.code_bytes(size) :].contiguous().view(torch.float16).float()
-    params = params.view(num_rows, -1, 1, 2)
+    size = out_MN.shape[-1]
+    params = rows_MB[..., codec.code_bytes(size) :].contiguous().view(torch.float16).float()
+    params = _split(params, (codec.num_groups(size), 1, 2))
     group, whole = codec.group_size, size // codec.group_size
     group_bytes = group * codec.bits // 8
     if whole:
-        codes = rows_MB[:, : whole * group_bytes].view(num_rows, whole, group_bytes)
-        target = out_MN[:, : whole * group].view(num_rows, whole, group)
-        _widen_groups(codes, params[:, :whole], codec.bits, target)
+        codes = rows_MB[..., : whole * group_bytes]
+        target = out_MN[..., : whole * group]
+        _widen_groups(
+            _split(codes, (whole, group_bytes)),
+            params[..., :whole, :, :],
+            codec.bits,
+            _split(target, (whole, group)),
+        )
     if whole * group < size:
-        codes = rows_MB[:, whole * group_bytes :][:, : _code_bytes(size % group, codec.bits)]
-        target = out_MN[:, whole * group :].unsqueeze(1)
-        _widen_groups(codes.unsqueeze(1), params[:, whole:], codec.bits, target)
+        codes = rows_MB[..., whole * group_bytes :][..., : _code_bytes(size % group, codec.bits)]
+        target = out_MN[..., whole * group :].unsqueeze(-2)
+        _widen_groups(codes.unsqueeze(-2), params[..., whole:, :, :], codec.bits, target)
+
+
+def _split(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The last dimension as several."""
+    return x.view(*x.shape[:-1], *shape)
 
 
 def _widen_groups(codes: Tensor, params: Tensor, bits: int, out: Tensor) -> None:
@@ -112,9 +136,9 @@ def _widen_groups(codes: Tensor, params: Tensor, bits: int, out: Tensor) -> None
     if bits == 8:
         out.copy_(codes * step + smallest)
         return
-    half = codes.shape[2]
+    half = codes.shape[-1]
     out[..., :half] = (codes & 15) * step + smallest
-    out[..., half:] = ((codes >> 4) * step + smallest)[..., : out.shape[2] - half]
+    out[..., half:] = ((codes >> 4) * step + smallest)[..., : out.shape[-1] - half]
 
 
 def _code_bytes(size: int, bits: int) -> int:

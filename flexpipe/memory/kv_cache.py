@@ -8,7 +8,10 @@ where they lie side by side too: host rows first, then disk rows.
 On disk a row is a stream of pages of `KV_PAGE` bytes. Only whole pages are written; the tail that
 does not fill one waits in host memory and joins what is read.
 
-Shapes: R rows, L region length, 2 keys then values, K KV heads, D head_dim.
+A compressed cache is the same with the bytes of each head's compressed numbers for its numbers:
+whatever is said in tokens holds, and bytes are those of the compressed form.
+
+Shapes: R rows, L region length, 2 keys then values, K KV heads, X head_dim or compressed bytes.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+import torch
 from torch import Tensor
 
 from flexpipe.memory.disk import DiskFile
@@ -58,7 +62,8 @@ class KvCache:
     def __init__(self, plan: Plan, memory: TierMemory, disk: DiskFile | None) -> None:
         self._plan = plan
         self._disk = disk
-        self._dtype = torch_dtype(plan.compute_dtype)
+        compressed = plan.policy.cache_codec is not None
+        self._dtype = torch.uint8 if compressed else torch_dtype(plan.compute_dtype)
         self._token_bytes = plan.token_bytes
         pools = {(pool.name, pool.tier): pool for pool in plan.pools}
         self._homes = {
@@ -95,7 +100,7 @@ class KvCache:
     def views(
         self, runs: Sequence[RowRun], batch: MicroBatch, layer: int, slot: int | None
     ) -> list[Tensor]:
-        """One [R, L, 2, K, D] tensor per run, for decoder layer `layer`."""
+        """One [R, L, 2, K, X] tensor per run, for decoder layer `layer`."""
         made = []
         for run in runs:
             whole = self._region(batch.index, layer, run.where, slot)
@@ -240,8 +245,8 @@ class KvCache:
             assert home is not None
             slab, offset = home, self._home_offset(mb, layer_or_slot, tier)
             stride, count = shape.region_bytes(tier, self._token_bytes), len(shape.places(tier))
-        config, item = plan.config, self._dtype.itemsize
-        row = (2, config.num_kv_heads, config.head_dim)
+        num_kv, item = plan.config.num_kv_heads, self._dtype.itemsize
+        row = (2, num_kv, self._token_bytes // (2 * num_kv * item))
         values = slab[offset : offset + stride * count].view(self._dtype)
         return values.as_strided(
             (count, shape.region_tokens, *row),

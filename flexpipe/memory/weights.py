@@ -1,12 +1,14 @@
 """The model's weights: resident ones, packs that travel from host memory, reads from checkpoints.
 
-Everything is read past the page cache, straight from the safetensors files. Loading takes two
-bounded buffers beside the pools; on a CPU, matrices that stay are packed for its kernels. A layer's
-streamed tensors are views of a slot, made once per (layer, slot).
+Everything is read past the page cache, straight from the safetensors files, or from the files of
+`flexpipe.memory.compressed`, which loading makes where they are missing. Loading takes two bounded
+buffers beside the pools; on a CPU, matrices that stay are packed for its kernels, unless they are
+compressed. A layer's streamed tensors are views of a slot, made once per (layer, slot).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,18 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexpipe.memory.disk import DiskReader, aligned_buffer
+from flexpipe.memory.compressed import CompressedTensor, provide
+from flexpipe.memory.disk import DiskReader, StopFlag, aligned_buffer
 from flexpipe.memory.tier import POISON, TierMemory, torch_dtype, typed
-from flexpipe.model.config import DTYPE_BYTES
-from flexpipe.model.matmul import PACK_BYTES, PackedWeight, Weight, packs
+from flexpipe.model.config import HELD_BYTES
+from flexpipe.model.matmul import PACK_BYTES, CompressedWeight, PackedWeight, Weight, packs
 from flexpipe.model.segments import EmbedWeights, HeadWeights, LayerWeights
 from flexpipe.plan.layer import LayerKind, LayerPlan
 from flexpipe.plan.layout import PACK_ALIGN, round_up
 from flexpipe.plan.placement import PlacedTensor
 from flexpipe.plan.plan import Plan
 from flexpipe.plan.tier import Tier
+from flexpipe.units import format_bytes
 
 _CHUNK_BYTES = 32 * 2**20  # bytes read at a time while loading
+
+log = logging.getLogger("flexpipe")
 
 Copy = Callable[[Tensor, Tensor], None]
 LayerTensors = LayerWeights | EmbedWeights | HeadWeights
@@ -37,7 +43,7 @@ class LayerParts:
     """A layer's tensors: its weights by role, and the matrix the vocabulary meets."""
 
     weights: LayerTensors
-    embed_tokens: Tensor | None = None
+    embed_tokens: Tensor | CompressedWeight | None = None
     lm_head: Weight | None = None
 
 
@@ -50,6 +56,7 @@ class WeightStore:
         self._resident: dict[str, Weight] = {}
         self._host: dict[str, Tensor] = {}
         self._views: dict[tuple[int, int | None], LayerParts] = {}
+        self.compressed_bytes = 0  # written to files that were missing or damaged
         pools = {(pool.name, pool.tier): pool for pool in plan.pools}
         self._take_resident(memory)
         for owner, num_bytes in plan.host_slabs.items():
@@ -67,9 +74,10 @@ class WeightStore:
             if staging
         ]
 
-    def load(self, progress: Callable[[int], None]) -> None:
+    def load(self, progress: Callable[[int], None], stop: StopFlag | None = None) -> None:
         """Fill every home in memory; `progress` is told the bytes read."""
         buffer = torch.from_numpy(aligned_buffer(_CHUNK_BYTES))
+        self._compress(buffer, progress, stop)
         for name, target in self._resident.items():
             placed = self._plan.placement.tensors[name]
             assert isinstance(target, Tensor)
@@ -122,21 +130,19 @@ class WeightStore:
         return parts
 
     def embedding_rows(self, ids_T: Tensor, out_TE: Tensor) -> int:
-        """READ_EMBED: the rows of an embedding that rests off the device, in the wire dtype.
+        """READ_EMBED: the rows of an embedding that rests off the device, as they lie at home.
 
         `ids_T` is int64 on the host. Returns the bytes read from disk.
         """
-        placed = self._embedding
+        placed = self._plan.embedding
         if placed.home == Tier.CPU:
-            table = typed(
-                self._host[placed.spec.name], torch_dtype(placed.dtype), placed.spec.shape
-            )
+            table = typed(self._host[placed.spec.name], torch_dtype(placed.dtype), placed.shape)
             torch.index_select(table, 0, ids_T, out=out_TE)
             return 0
         unique, inverse = torch.unique(ids_T, return_inverse=True)
         first = torch.full_like(unique, -1)
         first.scatter_(0, inverse, torch.arange(len(ids_T)))
-        row_bytes = placed.num_bytes // placed.spec.shape[0]
+        row_bytes = placed.row_bytes
         rows = out_TE.view(torch.uint8)
         spans = [
             (placed.stored.offset + int(token) * row_bytes, row_bytes, rows[int(place)].numpy())
@@ -156,10 +162,6 @@ class WeightStore:
         for slab in (*self._slots, *self._stages):
             slab.fill_(POISON)
 
-    @property
-    def _embedding(self) -> PlacedTensor:
-        return self._plan.placement.tensors[self._plan.config.tensor_names["embed_tokens"]]
-
     def _take_resident(self, memory: TierMemory) -> None:
         parts = {
             part.tensor.spec.name: part.tensor
@@ -174,8 +176,26 @@ class WeightStore:
         for name in sizes:
             placed = parts[name]
             dtype = torch_dtype(placed.dtype)
-            self._resident[name] = typed(slab, dtype, placed.spec.shape, offset)
+            self._resident[name] = typed(slab, dtype, placed.shape, offset)
             offset += sizes[name]
+
+    def _compress(
+        self, buffer: Tensor, progress: Callable[[int], None], stop: StopFlag | None
+    ) -> None:
+        """Have the file of every compressed tensor."""
+        stored = (placed.stored for placed in self._plan.placement.tensors.values())
+        forms = {form.path: form for form in stored if isinstance(form, CompressedTensor)}
+        missing = [form for form in forms.values() if form.new_bytes]
+        if missing:
+            num_bytes = format_bytes(self._plan.placement.new_bytes)
+            log.info(
+                "compressing %d weights into %s: %s",
+                len(missing),
+                missing[0].path.parent,
+                num_bytes,
+            )
+        for form in forms.values():
+            self.compressed_bytes += provide(form, self._reader, buffer, progress, stop)
 
     def _pack(self, buffer: Tensor, progress: Callable[[int], None]) -> None:
         if not self._to_pack:
@@ -199,7 +219,7 @@ class WeightStore:
         buffer: Tensor,
         progress: Callable[[int], None],
     ) -> None:
-        target = typed(slab, torch_dtype(placed.dtype), placed.spec.shape, offset)
+        target = typed(slab, torch_dtype(placed.dtype), placed.shape, offset)
         self._fill(placed, target, buffer, progress)
 
     def _fill(
@@ -214,11 +234,11 @@ class WeightStore:
         stored, flat = placed.stored, target.view(-1)
         file = self._reader.file(Path(str(stored.path)))
         direct = stored.dtype == placed.dtype and target.device.type == "cpu"
-        step = _CHUNK_BYTES // DTYPE_BYTES[stored.dtype]
+        step = _CHUNK_BYTES // HELD_BYTES[stored.dtype]
         for first in range(0, flat.numel(), step):
             place = flat[first : first + step]
-            num_bytes = place.numel() * DTYPE_BYTES[stored.dtype]
-            offset = stored.offset + (start + first) * DTYPE_BYTES[stored.dtype]
+            num_bytes = place.numel() * HELD_BYTES[stored.dtype]
+            offset = stored.offset + (start + first) * HELD_BYTES[stored.dtype]
             if direct:
                 file.read_into(place.view(torch.uint8).numpy(), offset)
             else:
@@ -230,11 +250,13 @@ class WeightStore:
     def _make_views(self, layer: LayerPlan, slot: int | None) -> LayerParts:
         tensors: dict[str, Weight] = {}
         for part in layer.resident:
-            tensors[part.tensor.spec.role] = self._resident[part.tensor.spec.name]
+            home = self._resident[part.tensor.spec.name]
+            tensors[part.tensor.spec.role] = _as_weight(part.tensor, home)
         if slot is not None:
             for part, offset in zip(layer.streamed.parts, layer.streamed.offsets, strict=True):
                 dtype = torch_dtype(part.tensor.dtype)
-                tensors[part.tensor.spec.role] = typed(self._slots[slot], dtype, part.shape, offset)
+                view = typed(self._slots[slot], dtype, part.shape, offset)
+                tensors[part.tensor.spec.role] = _as_weight(part.tensor, view)
         embed_tokens = tensors.pop("embed_tokens", None)
         lm_head = tensors.pop("lm_head", None)
         if layer.kind == LayerKind.HEAD and lm_head is None:
@@ -242,8 +264,16 @@ class WeightStore:
         holder: Any = {LayerKind.EMBED: EmbedWeights, LayerKind.HEAD: HeadWeights}.get(
             layer.kind, LayerWeights
         )
-        assert embed_tokens is None or isinstance(embed_tokens, Tensor)
+        assert not isinstance(embed_tokens, PackedWeight)
         return LayerParts(holder(**tensors), embed_tokens, lm_head)
+
+
+def _as_weight(placed: PlacedTensor, home: Weight) -> Weight:
+    """What lies at home or in a slot, as a product takes it."""
+    if placed.codec is None:
+        return home
+    assert isinstance(home, Tensor)
+    return CompressedWeight(home, placed.codec, placed.spec.shape[1])
 
 
 def _matrices(

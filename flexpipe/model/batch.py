@@ -26,6 +26,7 @@ from flexpipe.kernels.attend import KvRows, runs_here
 from flexpipe.model.config import ModelConfig, RopeConfig
 from flexpipe.model.cost import MASK_BLOCK, distinct_windows
 from flexpipe.model.rope import inverse_frequencies
+from flexpipe.plan.codec import Codec
 
 __all__ = ["Batch", "Piece", "RopeTable", "RowSpan", "Write"]
 
@@ -132,6 +133,7 @@ class Batch:
     sin_T1D: Tensor | None
     writes: tuple[Write, ...]
     pieces: Mapping[int | None, tuple[Piece, ...]]  # by attention window
+    kv_codec: Codec | None = None  # of a compressed KV cache
 
     @classmethod
     def build(
@@ -142,6 +144,7 @@ class Batch:
         to_device: Callable[[Tensor], Tensor],
         compute_dtype: torch.dtype,
         *,
+        kv_codec: Codec | None = None,
         num_elsewhere: int = 0,
     ) -> Batch:
         """Lays out `runs`; its indices reach the device in one `to_device` call.
@@ -170,6 +173,7 @@ class Batch:
             sin_T1D=sin,
             writes=tuple(_write(group, positions, arange) for group in groups),
             pieces={w: tuple(cutter.pieces(groups, w)) for w in distinct_windows(config)},
+            kv_codec=kv_codec,
         )
 
 

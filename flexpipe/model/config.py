@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+# of what a tensor may be held in; a compressed one is rows of bytes
+HELD_BYTES: Mapping[str, int] = {**DTYPE_BYTES, "uint8": 1}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from flexpipe.model.config import DTYPE_BYTES, ModelConfig
+from flexpipe.plan.codec import Codec
 
 ALIGNMENT = 64  # bytes; a cache line, and what vector loads like
 CONVERT_ELEMENTS = 3 << 19  # a slice of a weight in the compute dtype: it must stay in the caches
@@ -22,6 +23,10 @@ RESULT_ROWS, RESULT_COLUMNS = 256, 8192  # largest block of a product that torch
 NORM_ELEMENTS = 1 << 20  # a slice of a layer norm's output
 NORM_ROWS = 256  # rows of an RMS norm that are widened to float32 at a time
 MASK_BLOCK = 256  # queries of one row that share an attention mask
+WIDEN_ROOM = 1 << 22  # elements of a KV cache in another form that stand widened, or one row's
+COMPRESS_ELEMENTS = 1 << 18  # keys and values compressed at a time
+WIDEN_ELEMENTS = 1 << 20  # … and widened
+CODEC_BYTES = 12  # that torch takes per number while it compresses or widens; 10 were seen
 INDEX_BYTES = 8
 FLOAT_BYTES = 4
 
@@ -34,15 +39,17 @@ def workspace_bytes(
     compute_bytes: int,
     max_convert_elements: int = 0,
     kv_bytes: int | None = None,
+    kv_codec: Codec | None = None,
     max_length: int = 0,
     wire_bytes: int | None = None,
 ) -> int:
     """Bytes the segments take from a `Workspace` for a micro-batch of `num_tokens` new tokens.
 
-    `num_rows` bounds the rows it samples. `max_convert_elements` is the size of the biggest weight
-    that arrives in another dtype than the compute dtype, 0 if none does. `kv_bytes` is the width
-    of the KV cache's dtype; where it is not `compute_bytes`, a row of `max_length` tokens is
-    converted at a time. `wire_bytes` is the width of the weights' dtype.
+    `num_rows` bounds its rows. `max_convert_elements` is the size of the biggest weight that
+    arrives in another dtype than the compute dtype, 0 if none does. `kv_bytes` is the width of the
+    KV cache's dtype; where it is not `compute_bytes`, or the cache is compressed, rows of
+    `max_length` tokens are widened, a few at a time. `wire_bytes` is the width of the weights'
+    dtype.
     """
     wire = wire_bytes or DTYPE_BYTES[config.dtype]
     convert = _convert_bytes(config, max_convert_elements, compute_bytes)
@@ -50,8 +57,8 @@ def workspace_bytes(
     heads = config.num_heads + config.num_kv_heads
     turned = num_tokens * heads * config.head_dim * compute_bytes if config.rope else 0
     per_head = _rms_bytes(num_tokens, config.num_heads, config.head_dim, compute_bytes)
-    other_kv = kv_bytes is not None and kv_bytes != compute_bytes
-    kv_row = max_length * 2 * config.num_kv_heads * config.head_dim if other_kv else 0
+    other_kv = kv_codec is not None or (kv_bytes or compute_bytes) != compute_bytes
+    widened = _widened_kv(config, num_rows, max_length) if other_kv else 0
     qkv = num_tokens * (heads + config.num_kv_heads) * config.head_dim
     mlp = (2 if config.gated_mlp else 1) * _aligned(num_tokens * config.ffn_size * compute_bytes)
     return max(
@@ -60,12 +67,28 @@ def workspace_bytes(
             normed + convert,
             _aligned(turned),
             per_head if config.qk_norm else 0,
-            _aligned(kv_row * compute_bytes),
+            _aligned(widened * compute_bytes),
+            _compressed_bytes(config, num_tokens, kv_codec),
         ),
         mlp + normed + convert,
         _embed_bytes(config, num_tokens, compute_bytes, wire) + convert,
         _head_bytes(config, num_rows, compute_bytes) + convert,
     )
+
+
+def cpu_attention_bytes(
+    config: ModelConfig,
+    *,
+    num_rows: int,
+    max_length: int,
+    compute_bytes: int,
+    kv_codec: Codec | None,
+) -> int:
+    """Bytes of workspace that attention on the CPU takes for its rows, each with one new token."""
+    if kv_codec is None:
+        return 0
+    widened = _aligned(_widened_kv(config, num_rows, max_length) * compute_bytes)
+    return max(widened, _compressed_bytes(config, num_rows, kv_codec))
 
 
 def batch_bytes(
@@ -89,6 +112,7 @@ def transient_bytes(
     num_rows: int,
     max_length: int,
     compute_bytes: int,
+    kv_codec: Codec | None = None,
     num_threads: int = 1,
 ) -> int:
     """Bytes that torch's kernels take and free within one op, outside the workspace."""
@@ -102,7 +126,20 @@ def transient_bytes(
     widest = max(config.vocab_size, config.hidden_size, attention)
     wide = 2 * min(config.ffn_size, RESULT_COLUMNS) + config.hidden_size
     product = rows * (max(min(widest, RESULT_COLUMNS), wide) + attention) * compute_bytes
-    return max(attended + tiles, norm, masks, turns, product)
+    coded = 0
+    if kv_codec is not None:
+        per_token = 2 * config.num_kv_heads * config.head_dim
+        compressed = min(num_tokens * per_token, max(COMPRESS_ELEMENTS, per_token))
+        widened = min(num_rows * max_length * per_token, max(WIDEN_ELEMENTS, num_rows * per_token))
+        coded = max(compressed, widened) * CODEC_BYTES
+    return max(attended + tiles, norm, masks, turns, product, coded)
+
+
+def widen_bytes(num_elements: int, *, in_slices: bool = True) -> int:
+    """Bytes that widening so many compressed numbers takes and frees, where no kernel does it."""
+    if in_slices:
+        num_elements = min(num_elements, CONVERT_ELEMENTS)
+    return num_elements * (2 * FLOAT_BYTES + 1)
 
 
 def decoder_flops(config: ModelConfig, num_tokens: int, num_attended: int) -> int:
@@ -163,6 +200,18 @@ def _aligned(num_bytes: int) -> int:
 def _convert_bytes(config: ModelConfig, max_convert_elements: int, compute_bytes: int) -> int:
     widest = max(config.hidden_size, config.ffn_size, config.num_heads * config.head_dim)
     return _aligned(min(max_convert_elements, max(CONVERT_ELEMENTS, widest)) * compute_bytes)
+
+
+def _widened_kv(config: ModelConfig, num_rows: int, max_length: int) -> int:
+    """Elements of the rows' caches that stand widened at a time: one row's at least."""
+    row = max_length * 2 * config.num_kv_heads * config.head_dim
+    return min(max(row, WIDEN_ROOM), num_rows * row)
+
+
+def _compressed_bytes(config: ModelConfig, num_tokens: int, codec: Codec | None) -> int:
+    """Keys and values of new tokens, on their way into a compressed KV cache."""
+    row_bytes = codec.row_bytes(config.head_dim) if codec else 0
+    return _aligned(num_tokens * 2 * config.num_kv_heads * row_bytes)
 
 
 def _norm_bytes(config: ModelConfig, num_tokens: int, compute_bytes: int) -> int:

@@ -9,9 +9,9 @@ so in every product: a tenth at 64 rows, half at 8. In bfloat16 torch.mm is oneD
 whether the machine multiplies that faster than float32 is measured (`multiplies_bfloat16_faster`).
 
 A weight in the dtype of the wire is converted slice by slice into one scratch that stays in the
-caches, never as a whole.
+caches, never as a whole; so is a compressed one, in the lane that multiplies.
 
-Shapes: T tokens, I in features, O out features.
+Shapes: T tokens, I in features, O out features, B bytes of a compressed row.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexpipe.kernels.codec import widen
 from flexpipe.model.cost import CONVERT_ELEMENTS, CONVERT_STEP, RESULT_COLUMNS, RESULT_ROWS
 from flexpipe.model.workspace import Workspace
+from flexpipe.plan.codec import Codec
 
 # elements of a weight: below, what oneDNN takes to make a kernel for a new shape is not won back
 _MIN_ELEMENTS = 1 << 18
@@ -75,7 +77,33 @@ class PackedWeight:
         return cls(shape, dtype, tuple(blocks))
 
 
-Weight = Tensor | PackedWeight
+@dataclass(frozen=True, slots=True)
+class CompressedWeight:
+    """A weight [O, I], or rows of one, in its compressed form."""
+
+    rows_OB: Tensor
+    codec: Codec
+    num_in: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows_OB.shape[0], self.num_in
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the bytes it has: never one to compute in."""
+        return self.rows_OB.dtype
+
+    def __getitem__(self, rows: slice) -> CompressedWeight:
+        return CompressedWeight(self.rows_OB[rows], self.codec, self.num_in)
+
+    def take(self, index_T: Tensor) -> CompressedWeight:
+        """The rows at `index_T`, copied."""
+        rows_TB = torch.index_select(self.rows_OB, 0, index_T)
+        return CompressedWeight(rows_TB, self.codec, self.num_in)
+
+
+Weight = Tensor | PackedWeight | CompressedWeight
 
 
 def packs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
@@ -109,6 +137,15 @@ def multiplies_bfloat16_faster() -> bool:
     return ratio > 1.2
 
 
+def convert(weight_OI: Tensor | CompressedWeight, out_OI: Tensor) -> Tensor:
+    """A weight's numbers in the dtype of `out_OI`, which may have gaps between its rows."""
+    if isinstance(weight_OI, CompressedWeight):
+        widen(weight_OI.rows_OB, weight_OI.codec, out_OI)
+    else:
+        out_OI.copy_(weight_OI)
+    return out_OI
+
+
 def multiply(
     x_TI: Tensor,
     weight_OI: Weight | None,
@@ -128,7 +165,7 @@ def multiply(
             bias = None if bias_O is None else bias_O[columns]
             _multiply_in_rows(x_TI, packed, bias, out_TO[:, columns], add=add)
         return
-    if weight_OI.dtype == dtype:
+    if isinstance(weight_OI, Tensor) and weight_OI.dtype == dtype:
         _multiply(x_TI, weight_OI, bias_O, out_TO, add=add)
         return
     mark = ws.mark()
@@ -136,8 +173,7 @@ def multiply(
     step = _convert_step(num_out, num_in)
     scratch = ws.take((step, num_in), dtype)
     for columns in _blocks(num_out, step):
-        part = weight_OI[columns]
-        converted = scratch[: part.shape[0]].copy_(part)
+        converted = convert(weight_OI[columns], scratch[: columns.stop - columns.start])
         bias = None if bias_O is None else bias_O[columns]
         _multiply(x_TI, converted, bias, out_TO[:, columns], add=add)
     ws.release(mark)
@@ -184,8 +220,9 @@ def _in_one_block(x_TI: Tensor, weight_OI: Weight) -> Tensor | None:
         return None
     if isinstance(weight_OI, PackedWeight):
         return weight_OI.blocks[0][1] if len(weight_OI.blocks) == 1 else None
-    same = weight_OI.dtype == x_TI.dtype
-    return weight_OI if same and _suits_onednn(x_TI, weight_OI) else None
+    if not isinstance(weight_OI, Tensor) or weight_OI.dtype != x_TI.dtype:
+        return None
+    return weight_OI if _suits_onednn(x_TI, weight_OI) else None
 
 
 def _convert_step(num_out: int, num_in: int) -> int:

@@ -7,28 +7,41 @@ given each run one tensor of its KV regions.
 
 Weights may be in the dtype of the wire (`flexpipe.model.matmul`). Large temporaries come from the
 `Workspace`. Hidden states are updated in place. Keys and values are always read back from the KV
-cache, so its dtype shows in every token alike, whether a row was prefilled whole, in chunks or step
-by step.
+cache, so its dtype or its compression shows in every token alike, whether a row was prefilled
+whole, in chunks or step by step.
 
 Shapes: T new tokens, H hidden size, E embedding width, N query heads, K KV heads, G = N / K, D head
-dim, A = N * D, L region length, R rows, V vocabulary, O and I out and in features.
+dim, A = N * D, L region length, R rows, V vocabulary, O and I out and in features; X stands for D,
+or for the bytes of a head's compressed numbers.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flexpipe.kernels.attend import attend_rows
+from flexpipe.kernels.codec import compress, widen
 from flexpipe.model.batch import Batch, Piece, RopeTable, RowSpan
 from flexpipe.model.config import ModelConfig
-from flexpipe.model.cost import NORM_ELEMENTS, NORM_ROWS, RESULT_ROWS
-from flexpipe.model.matmul import Weight, activated, multiply
+from flexpipe.model.cost import (
+    COMPRESS_ELEMENTS,
+    NORM_ELEMENTS,
+    NORM_ROWS,
+    RESULT_ROWS,
+    WIDEN_ELEMENTS,
+    WIDEN_ROOM,
+)
+from flexpipe.model.matmul import CompressedWeight, Weight, activated, convert, multiply
 from flexpipe.model.workspace import Workspace
+from flexpipe.plan.codec import Codec
 
 __all__ = [
     "Batch",
@@ -96,7 +109,7 @@ class HeadWeights:
 
 
 def embed(
-    rows_TE: Tensor,
+    rows_TE: Tensor | CompressedWeight,
     hidden_TH: Tensor,
     weights: EmbedWeights,
     batch: Batch,
@@ -106,13 +119,12 @@ def embed(
     """Writes the first hidden states from gathered embedding rows."""
     mark = ws.mark()
     if config.has_projections:
-        rows = rows_TE
-        if rows.dtype != hidden_TH.dtype:
-            rows = ws.take(tuple(rows_TE.shape), hidden_TH.dtype).copy_(rows_TE)
-        multiply(rows, weights.project_in, None, hidden_TH, ws)
+        if isinstance(rows_TE, CompressedWeight) or rows_TE.dtype != hidden_TH.dtype:
+            rows_TE = convert(rows_TE, ws.take(tuple(rows_TE.shape), hidden_TH.dtype))
+        multiply(rows_TE, weights.project_in, None, hidden_TH, ws)
         ws.release(mark)
     else:
-        hidden_TH.copy_(rows_TE)
+        convert(rows_TE, hidden_TH)
     if weights.embed_positions is not None:
         table = weights.embed_positions[config.position_offset :]
         positions_TH = ws.take(tuple(hidden_TH.shape), table.dtype)
@@ -129,7 +141,7 @@ def decoder_layer(
     layer: int,
     ws: Workspace,
 ) -> None:
-    """One layer, whole; `kvs` holds one [R, L, 2, K, D] tensor per run of the batch."""
+    """One layer, whole; `kvs` holds one [R, L, 2, K, X] tensor per run of the batch."""
     attention_half(hidden_TH, weights, batch, kvs, config, layer, ws)
     mlp_half(hidden_TH, weights, config, ws)
 
@@ -149,7 +161,7 @@ def attention_half(
     heads = config.num_heads + 2 * config.num_kv_heads
     both = ws.take((batch.num_tokens, heads, config.head_dim), hidden_TH.dtype)
     q_TND, kv_T2KD = qkv(hidden_TH, weights, batch, config, both, ws)
-    append_kv(kv_T2KD, batch, kvs)
+    append_kv(kv_T2KD, batch, kvs, ws)
     out(attend(q_TND, batch, kvs, config, layer, ws), hidden_TH, weights, config, ws)
     ws.release(mark)
 
@@ -194,18 +206,22 @@ def qkv(
     return q_TND, both[:, num_q:].view(num_tokens, 2, num_kv, dim)
 
 
-def append_kv(kv_T2KD: Tensor, batch: Batch, kvs: Sequence[Tensor]) -> None:
-    """Stores the new tokens' keys and values behind each row's context, in the cache's dtype."""
+def append_kv(kv_T2KD: Tensor, batch: Batch, kvs: Sequence[Tensor], ws: Workspace) -> None:
+    """Stores the new tokens' keys and values behind each row's context, as the cache keeps them."""
+    mark = ws.mark()
+    codec = batch.kv_codec
+    kv_T2KX = kv_T2KD if codec is None else _compressed(kv_T2KD, codec, ws)
     for write in batch.writes:
-        kv_RL2KD = kvs[write.run][write.rows]
-        new = kv_T2KD[write.tokens]
+        kv_RL2KX = kvs[write.run][write.rows]
+        new = kv_T2KX[write.tokens]
         if write.num_context is None:
             assert write.row_index_R is not None and write.position_R is not None
-            kv_RL2KD.index_put_((write.row_index_R, write.position_R), new.to(kv_RL2KD.dtype))
+            kv_RL2KX.index_put_((write.row_index_R, write.position_R), new.to(kv_RL2KX.dtype))
         else:
             end = write.num_context + write.num_new
-            place = kv_RL2KD[:, write.num_context : end]
+            place = kv_RL2KX[:, write.num_context : end]
             place.copy_(new.view(-1, write.num_new, *new.shape[1:]))
+    ws.release(mark)
 
 
 def attend(
@@ -217,15 +233,16 @@ def attend(
     ws: Workspace,
 ) -> Tensor:
     """Attention over each row's cache, [T, A]; the result takes the place of the queries."""
-    for piece in batch.pieces[config.window(layer)]:
-        if piece.ragged is not None:
-            attend_rows(q_TND[piece.tokens], kvs[piece.run][piece.rows], piece.ragged, None)
-            continue
-        kv_RL2KD = kvs[piece.run][piece.rows, piece.keys]
-        if kv_RL2KD.dtype == q_TND.dtype:
-            _attend_piece(q_TND[piece.tokens], kv_RL2KD, piece, config)
+    for _, same_rows in groupby(batch.pieces[config.window(layer)], attrgetter("run", "rows")):
+        pieces = tuple(same_rows)
+        kv_RL2KX, ragged = kvs[pieces[0].run][pieces[0].rows], pieces[0].ragged
+        if ragged is not None:
+            attend_rows(q_TND[pieces[0].tokens], kv_RL2KX, ragged, batch.kv_codec)
+        elif kv_RL2KX.dtype == q_TND.dtype:
+            for piece in pieces:
+                _attend_piece(q_TND[piece.tokens], kv_RL2KX[:, piece.keys], piece, config)
         else:
-            _attend_converted(q_TND[piece.tokens], kv_RL2KD, piece, config, ws)
+            _attend_widened(q_TND, kv_RL2KX, pieces, batch.kv_codec, config, ws)
     return q_TND.flatten(1)
 
 
@@ -311,22 +328,68 @@ def _attend_piece(q_TND: Tensor, kv_RL2KD: Tensor, piece: Piece, config: ModelCo
     q_RNTD.copy_(attended)
 
 
-def _attend_converted(
-    q_TND: Tensor, kv_RL2KD: Tensor, piece: Piece, config: ModelConfig, ws: Workspace
+def _attend_widened(
+    q_TND: Tensor,
+    kv_RL2KX: Tensor,
+    pieces: Sequence[Piece],
+    codec: Codec | None,
+    config: ModelConfig,
+    ws: Workspace,
 ) -> None:
-    """Row by row, so that no more than one row's cache stands in the compute dtype."""
-    for row, (q, kv) in enumerate(zip(torch.split(q_TND, piece.num_new), kv_RL2KD, strict=True)):
+    """As many rows at a time as the room allows; their pieces share what was widened."""
+    oldest = min(piece.keys.start for piece in pieces)
+    num_keys = max(piece.keys.stop for piece in pieces) - oldest
+    shape = (num_keys, 2, config.num_kv_heads, config.head_dim)
+    num_rows, step = pieces[0].num_rows, max(1, WIDEN_ROOM // math.prod(shape))
+    for first in range(0, num_rows, step):
+        last = min(first + step, num_rows)
         mark = ws.mark()
-        converted = ws.take(tuple(kv.shape), q_TND.dtype).copy_(kv)
-        _attend_piece(q, converted.unsqueeze(0), _one_row(piece, row), config)
+        wide_RL2KD = ws.take((last - first, *shape), q_TND.dtype)
+        _widen(kv_RL2KX[first:last, oldest : oldest + num_keys], codec, wide_RL2KD)
+        for piece in (_some_rows(piece, first, last) for piece in pieces):
+            if piece.num_new == 1 and piece.mask is not None:
+                # bytes behind a row's end may stand for no number, which no weight of 0 removes
+                wide_RL2KD.masked_fill_((piece.mask < 0).view(-1, num_keys, 1, 1, 1), 0.0)
+            keys = slice(piece.keys.start - oldest, piece.keys.stop - oldest)
+            _attend_piece(q_TND[piece.tokens], wide_RL2KD[:, keys], piece, config)
         ws.release(mark)
 
 
-def _one_row(piece: Piece, row: int) -> Piece:
-    mask = piece.mask
+def _some_rows(piece: Piece, first: int, last: int) -> Piece:
+    """The part of a piece from its row `first` on, up to `last`."""
+    row, token, mask = piece.rows.start, piece.tokens.start, piece.mask
     if mask is not None and piece.num_new == 1:  # one line per row; chunks share theirs
-        mask = mask[row : row + 1]
-    return replace(piece, rows=slice(row, row + 1), mask=mask)
+        mask = mask[first:last]
+    return replace(
+        piece,
+        rows=slice(row + first, row + last),
+        tokens=slice(token + first * piece.num_new, token + last * piece.num_new),
+        mask=mask,
+    )
+
+
+def _compressed(kv_T2KD: Tensor, codec: Codec, ws: Workspace) -> Tensor:
+    """[T, 2, K, X] in the workspace, made in slices of tokens: torch takes several times a
+    slice's bytes."""
+    num_tokens, dim = kv_T2KD.shape[0], kv_T2KD.shape[3]
+    row_bytes = codec.row_bytes(dim)
+    kv_T2KX = ws.take((*kv_T2KD.shape[:3], row_bytes), torch.uint8)
+    step = max(1, COMPRESS_ELEMENTS // math.prod(kv_T2KD.shape[1:]))
+    for first in range(0, num_tokens, step):
+        part, target = kv_T2KD[first : first + step], kv_T2KX[first : first + step]
+        compress(part.reshape(-1, dim), codec, target.view(-1, row_bytes))
+    return kv_T2KX
+
+
+def _widen(kv_RL2KX: Tensor, codec: Codec | None, wide_RL2KD: Tensor) -> None:
+    """A cache in the compute dtype, in slices of tokens for torch's sake."""
+    if codec is None:
+        wide_RL2KD.copy_(kv_RL2KX)
+        return
+    step = max(1, WIDEN_ELEMENTS // wide_RL2KD[:, 0].numel())
+    for first in range(0, wide_RL2KD.shape[1], step):
+        part = slice(first, first + step)
+        widen(kv_RL2KX[:, part], codec, wide_RL2KD[:, part])
 
 
 def _turn(x_TND: Tensor, batch: Batch, ws: Workspace) -> None:

@@ -19,7 +19,7 @@ from flexpipe.model.config import (
     mlp_tensors,
 )
 from flexpipe.plan.layout import Part, SlotLayout, slot_layout
-from flexpipe.plan.placement import Placement, is_shared
+from flexpipe.plan.placement import Placement, is_shared, meets_vocabulary
 from flexpipe.plan.policy import Policy
 from flexpipe.plan.tier import Tier
 
@@ -135,7 +135,7 @@ def _head_slices(
     largest_matrix = max(
         placed.num_bytes
         for placed in placement.tensors.values()
-        if is_shared(placed.spec) and placed.spec.role not in ("embed_tokens", "lm_head")
+        if is_shared(placed.spec) and not meets_vocabulary(placed.spec)
     )
     room = max(largest_matrix, *(layer.streamed.num_bytes for layer in layers))
     num_slices = -(-head.num_bytes // room)

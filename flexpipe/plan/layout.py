@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flexpipe.errors import ModelError
-from flexpipe.model.config import DTYPE_BYTES
+from flexpipe.model.config import HELD_BYTES
 from flexpipe.plan.placement import PlacedTensor
 from flexpipe.plan.tier import Tier
 
@@ -30,20 +30,18 @@ class Part:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        full = self.tensor.spec.shape
+        """Of what lies at home, as `PlacedTensor.shape`."""
+        full = self.tensor.shape
         return full if self.stop is None else (self.stop - self.start, *full[1:])
 
     @property
     def num_bytes(self) -> int:
-        return self._row_bytes(self.tensor.dtype) * self.shape[0]
+        return self.tensor.row_bytes * self.shape[0]
 
     @property
     def byte_offset(self) -> int:
-        """Offset of the part in the tensor, in the tensor's home dtype."""
-        return self._row_bytes(self.tensor.dtype) * self.start
-
-    def _row_bytes(self, dtype: str) -> int:
-        return self.tensor.spec.num_elements // self.tensor.spec.shape[0] * DTYPE_BYTES[dtype]
+        """Offset of the part in the tensor, as it lies at home."""
+        return self.tensor.row_bytes * self.start
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +106,7 @@ def _extents(parts: Sequence[Part], base: int, offsets: dict[int, int]) -> tuple
     extents: list[Extent] = []
     for index, part in on_disk:
         start = _file_offset(part)
-        if start % DTYPE_BYTES[part.tensor.dtype]:
+        if start % HELD_BYTES[part.tensor.dtype]:
             raise ModelError(
                 f"{part.tensor.stored.path}: {part.tensor.spec.name} starts at byte {start}, which "
                 f"is not a multiple of its item size; save the checkpoint again with safetensors"

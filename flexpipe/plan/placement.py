@@ -10,13 +10,15 @@ of the shares.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from flexpipe.errors import PolicyError
 from flexpipe.model.config import (
     DTYPE_BYTES,
+    HELD_BYTES,
     ModelConfig,
     TensorSpec,
     attention_tensors,
@@ -24,6 +26,7 @@ from flexpipe.model.config import (
     head_tensors,
     mlp_tensors,
 )
+from flexpipe.plan.codec import Codec
 from flexpipe.plan.policy import Shares
 from flexpipe.plan.tier import Tier
 
@@ -39,6 +42,16 @@ class Stored(Protocol):
     def offset(self) -> int: ...
     @property
     def num_bytes(self) -> int: ...
+
+
+class Compressed(Stored, Protocol):
+    """The same of a tensor's compressed form, which may have to be made first."""
+
+    @property
+    def new_bytes(self) -> int: ...  # that making it writes; 0 where it is there already
+
+
+Compress = Callable[[str, Codec], Compressed]
 
 
 @dataclass(slots=True)
@@ -86,17 +99,33 @@ def check_all_given(what: str, unit: str, shares: Shares, given: Mapping[Tier, i
 
 @dataclass(frozen=True, slots=True)
 class PlacedTensor:
-    """A tensor and where it rests: its tier and the dtype it has there."""
+    """A tensor and where it rests: its tier, the dtype it has there, the file it comes from.
+
+    With a `codec` it is compressed wherever it rests or travels: rows of bytes.
+    """
 
     spec: TensorSpec
     home: Tier
     dtype: str
     stored: Stored
+    codec: Codec | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what lies at home, in items of `dtype`."""
+        if self.codec is None:
+            return self.spec.shape
+        num_rows, size = self.spec.shape
+        return num_rows, self.codec.row_bytes(size)
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.shape[1:]) * HELD_BYTES[self.dtype]
 
     @property
     def num_bytes(self) -> int:
         """Bytes at home."""
-        return self.spec.num_elements * DTYPE_BYTES[self.dtype]
+        return self.shape[0] * self.row_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +134,8 @@ class Placement:
 
     tensors: Mapping[str, PlacedTensor]
     asked: Shares
-    achieved_bytes: Mapping[Tier, int]  # of shared tensors, in checkpoint bytes
+    achieved_bytes: Mapping[Tier, int]  # of shared tensors, in bytes of their files
+    new_bytes: int = 0  # of compressed forms that are yet to be written
 
 
 def model_tensors(config: ModelConfig) -> tuple[TensorSpec, ...]:
@@ -126,6 +156,10 @@ def is_shared(spec: TensorSpec) -> bool:
     return len(spec.shape) == 2 and spec.role != "embed_positions"
 
 
+def meets_vocabulary(spec: TensorSpec) -> bool:
+    return spec.role in ("embed_tokens", "lm_head")
+
+
 def place_weights(
     config: ModelConfig,
     shares: Shares,
@@ -134,28 +168,47 @@ def place_weights(
     device_tier: Tier,
     compute_dtype: str,
     resident_dtype: str,
+    weight_codec: Codec | None = None,
+    vocabulary_codec: Codec | None = None,
+    compress: Compress | None = None,
 ) -> Placement:
     """Deal the model's tensors to tiers.
 
     Tensors at home on `device_tier` are held in the compute dtype unless `resident_dtype` is
     "checkpoint"; tensors that travel are held in the smaller of checkpoint and compute dtype; on
-    disk they stay as they are.
+    disk they stay as they are. Where a codec is given, shared tensors are compressed everywhere,
+    and `compress` tells where that form of a tensor lies.
     """
     specs = model_tensors(config)
-    homes, given = _deal_weights(shares, [spec for spec in specs if is_shared(spec)], stored)
+    shared = [spec for spec in specs if is_shared(spec)]
+    codecs = {
+        spec.name: codec
+        for spec in shared
+        if (codec := vocabulary_codec if meets_vocabulary(spec) else weight_codec)
+    }
+    assert compress is not None or not codecs
+    compressed = {name: compress(name, codec) for name, codec in codecs.items() if compress}
+    files: dict[str, Stored] = {**stored, **compressed}
+    homes, given = _deal_weights(shares, shared, files)
     placed: dict[str, PlacedTensor] = {}
     for spec in specs:
-        source = stored[spec.name]
+        source = files[spec.name]
         home = homes.get(spec.name, device_tier)
         dtype = source.dtype
-        if home == device_tier:
+        if spec.name in codecs:
+            dtype = files[spec.name].dtype
+        elif home == device_tier:
             if resident_dtype == "compute" or not is_shared(spec):
                 dtype = compute_dtype
         elif home == Tier.CPU and DTYPE_BYTES[compute_dtype] < DTYPE_BYTES[dtype]:
             dtype = compute_dtype
-        placed[spec.name] = PlacedTensor(spec, home, dtype, source)
+        placed[spec.name] = PlacedTensor(spec, home, dtype, source, codecs.get(spec.name))
     check_all_given("weights", "tensor", shares, given)
-    return Placement(tensors=placed, asked=shares, achieved_bytes=given)
+    # tensors may share a file
+    new = {str(form.path): form.new_bytes for form in compressed.values()}
+    return Placement(
+        tensors=placed, asked=shares, achieved_bytes=given, new_bytes=sum(new.values())
+    )
 
 
 def _deal_weights(
@@ -163,7 +216,7 @@ def _deal_weights(
 ) -> tuple[dict[str, Tier], dict[Tier, int]]:
     """Homes by name and bytes per tier: first what the vocabulary meets, then the layers."""
     sizes = {spec.name: stored[spec.name].num_bytes for spec in specs}
-    vocabulary = [spec.name for spec in specs if spec.role in ("embed_tokens", "lm_head")]
+    vocabulary = [spec.name for spec in specs if meets_vocabulary(spec)]
     first = Diffusion(shares)
     homes = {name: first.deal(sizes[name]) for name in vocabulary}
     total = sum(sizes.values())

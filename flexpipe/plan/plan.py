@@ -13,13 +13,21 @@ from functools import cached_property
 from flexpipe.errors import PlanError
 from flexpipe.model.config import (
     DTYPE_BYTES,
+    HELD_BYTES,
     ModelConfig,
 )
-from flexpipe.model.cost import batch_bytes, transient_bytes, workspace_bytes
+from flexpipe.model.cost import (
+    batch_bytes,
+    cpu_attention_bytes,
+    transient_bytes,
+    widen_bytes,
+    workspace_bytes,
+)
 from flexpipe.plan.block import KV_PAGE, MicroBatchPlan, Need, block_shape
+from flexpipe.plan.codec import Codec
 from flexpipe.plan.layer import LayerKind, LayerPlan, stage_layers
 from flexpipe.plan.layout import PACK_ALIGN, round_up
-from flexpipe.plan.placement import Placement, Stored, place_weights
+from flexpipe.plan.placement import Compress, PlacedTensor, Placement, Stored, place_weights
 from flexpipe.plan.policy import Policy
 from flexpipe.plan.tier import Tier
 from flexpipe.units import MIB, format_bytes
@@ -91,11 +99,15 @@ class Plan:
     @property
     def token_bytes(self) -> int:
         """Keys and values of one token in one layer."""
-        return kv_token_bytes(self.config, self.compute_dtype)
+        return kv_token_bytes(self.config, self.compute_dtype, self.policy.cache_codec)
+
+    @property
+    def embedding(self) -> PlacedTensor:
+        return self.placement.tensors[self.config.tensor_names["embed_tokens"]]
 
     @property
     def embed_home(self) -> Tier:
-        return self.placement.tensors[self.config.tensor_names["embed_tokens"]].home
+        return self.embedding.home
 
     @property
     def embed_streams(self) -> bool:
@@ -155,6 +167,8 @@ class Plan:
             total += self.transient_bytes
         if tier == Tier.CPU:
             total += self.budgets.overhead + PROCESS_SLACK
+        if tier == Tier.DISK:
+            total += self.placement.new_bytes
         return total
 
     def shortfalls(self) -> dict[Tier, int]:
@@ -171,6 +185,8 @@ class Plan:
             parts.append((self.transient_bytes, "temporaries"))
         if tier == Tier.CPU:
             parts.append((self.budgets.overhead + PROCESS_SLACK, "process"))
+        if tier == Tier.DISK and self.placement.new_bytes:
+            parts.append((self.placement.new_bytes, "compressed weights"))
         return ", ".join(f"{name} {format_bytes(size)}" for size, name in parts)
 
     def _weight_pools(self) -> list[PoolPlan]:
@@ -219,7 +235,7 @@ class Plan:
                 if part.tensor.home == Tier.CPU:
                     name = part.tensor.spec.name
                     slabs[name] = round_up(part.tensor.num_bytes, PACK_ALIGN)
-        embed = self.placement.tensors[self.config.tensor_names["embed_tokens"]]
+        embed = self.embedding
         if self.embed_streams and embed.home == Tier.CPU:
             slabs[embed.spec.name] = round_up(embed.num_bytes, PACK_ALIGN)
         return {name: num_bytes for name, num_bytes in slabs.items() if num_bytes}
@@ -312,6 +328,17 @@ class Plan:
                 slot_bytes=round_up(rows * self.query_bytes, PACK_ALIGN),
                 num_slots=NUM_STAGES,
             ),
+            PoolPlan(
+                name="attention workspace",
+                tier=Tier.CPU,
+                slot_bytes=cpu_attention_bytes(
+                    self.config,
+                    num_rows=rows,
+                    max_length=max(mb.region_tokens for mb in self.micro_batches),
+                    compute_bytes=self.compute_bytes,
+                    kv_codec=self.policy.cache_codec,
+                ),
+            ),
         ]
 
     @property
@@ -319,13 +346,12 @@ class Plan:
         """Room for the embedding rows of the largest micro-batch, as they travel."""
         if not self.embed_streams:
             return 0
-        embed = self.placement.tensors[self.config.tensor_names["embed_tokens"]]
         tokens = max(mb.max_new_tokens for mb in self.micro_batches)
-        return round_up(tokens * self.config.input_size * DTYPE_BYTES[embed.dtype], 64)
+        return round_up(tokens * self.embedding.row_bytes, 64)
 
     @property
-    def workspace_bytes(self) -> int:
-        """Temporaries of the largest compute op."""
+    def max_convert_elements(self) -> int:
+        """Of the largest weight that meets a product in another dtype than its own."""
         convert = [
             part.tensor.spec.num_elements // part.tensor.spec.shape[0] * part.shape[0]
             for layer in self.layers
@@ -334,13 +360,20 @@ class Plan:
             # looked up row by row; the head multiplies by all of it where it is tied
             and (layer.kind == LayerKind.HEAD or part.tensor.spec.role != "embed_tokens")
         ]
+        return max(convert, default=0)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Temporaries of the largest compute op."""
         return workspace_bytes(
             self.config,
             num_tokens=max(mb.max_new_tokens for mb in self.micro_batches),
             num_rows=max(mb.num_places for mb in self.micro_batches),
             compute_bytes=self.compute_bytes,
-            max_convert_elements=max(convert, default=0),
-            wire_bytes=max(DTYPE_BYTES[placed.dtype] for placed in self.placement.tensors.values()),
+            max_convert_elements=self.max_convert_elements,
+            kv_codec=self.policy.cache_codec,
+            max_length=max(mb.region_tokens for mb in self.micro_batches),
+            wire_bytes=max(HELD_BYTES[placed.dtype] for placed in self.placement.tensors.values()),
         )
 
     @property
@@ -359,13 +392,26 @@ class Plan:
             )
             for mb in self.micro_batches
         )
-        return kept + transient_bytes(
-            self.config,
-            num_tokens=num_tokens,
-            num_rows=num_rows,
-            max_length=length,
-            compute_bytes=self.compute_bytes,
+        return kept + max(
+            transient_bytes(
+                self.config,
+                num_tokens=num_tokens,
+                num_rows=num_rows,
+                max_length=length,
+                compute_bytes=self.compute_bytes,
+                kv_codec=self.policy.cache_codec,
+            ),
+            self._widen_bytes(num_tokens),
         )
+
+    def _widen_bytes(self, num_tokens: int) -> int:
+        """What widening compressed weights takes, a slice at a time, or all embedding rows."""
+        looked_up = num_tokens * self.config.input_size if self.embedding.codec else 0
+        codecs = (placed.codec for placed in self.placement.tensors.values())
+        multiplied = self.max_convert_elements if any(codecs) else 0
+        gathered = 0 if self.embed_streams or not looked_up else num_tokens
+        gathered *= self.embedding.row_bytes
+        return max(widen_bytes(multiplied), gathered + widen_bytes(looked_up, in_slices=False))
 
     @property
     def num_logits(self) -> int:
@@ -408,9 +454,11 @@ class Plan:
         return pools
 
 
-def kv_token_bytes(config: ModelConfig, dtype: str) -> int:
-    """Keys and values of one token in one layer."""
-    return 2 * config.num_kv_heads * config.head_dim * DTYPE_BYTES[dtype]
+def kv_token_bytes(config: ModelConfig, dtype: str, codec: Codec | None = None) -> int:
+    """Keys and values of one token in one layer; each head's are compressed by themselves."""
+    dim = config.head_dim
+    head_bytes = dim * DTYPE_BYTES[dtype] if codec is None else codec.row_bytes(dim)
+    return 2 * config.num_kv_heads * head_bytes
 
 
 class Planner:
@@ -429,13 +477,16 @@ class Planner:
         *,
         device_tier: Tier,
         compute_dtype: str,
+        compress: Compress | None = None,
     ) -> None:
+        """`compress` tells where compressed weights lie, for policies that ask for them."""
         self._config = config
         self._needs = needs
         self._stored = stored
         self._budgets = budgets
         self._device_tier = device_tier
         self._compute_dtype = compute_dtype
+        self._compress = compress
         self._placements: dict[object, Placement] = {}
         self._layers: dict[object, tuple[LayerPlan, ...]] = {}
         self._blocks: dict[object, tuple[MicroBatchPlan, ...]] = {}
@@ -454,7 +505,7 @@ class Planner:
         )
 
     def _placement(self, policy: Policy) -> Placement:
-        key = (policy.weights, policy.resident_dtype)
+        key = _weight_knobs(policy)
         if key not in self._placements:
             self._placements[key] = place_weights(
                 self._config,
@@ -463,11 +514,14 @@ class Planner:
                 device_tier=self._device_tier,
                 compute_dtype=self._compute_dtype,
                 resident_dtype=policy.resident_dtype,
+                weight_codec=policy.weight_codec,
+                vocabulary_codec=policy.vocabulary_codec,
+                compress=self._compress,
             )
         return self._placements[key]
 
     def _layers_of(self, policy: Policy) -> tuple[LayerPlan, ...]:
-        key = (policy.weights, policy.resident_dtype, policy.separate_layers)
+        key = (*_weight_knobs(policy), policy.separate_layers)
         if key not in self._layers:
             placement = self._placement(policy)
             self._layers[key] = stage_layers(self._config, policy, placement, self._device_tier)
@@ -475,15 +529,21 @@ class Planner:
 
     def _block(self, policy: Policy) -> tuple[MicroBatchPlan, ...]:
         rows = (policy.micro_batch_size, policy.num_micro_batches, policy.max_batch_tokens)
-        key = (*rows, policy.kv_cache, policy.hidden)
+        codec = policy.cache_codec
+        key = (*rows, policy.kv_cache, policy.hidden, codec)
         if key not in self._blocks:
             self._blocks[key] = block_shape(
                 policy,
                 self._needs,
-                token_bytes=kv_token_bytes(self._config, self._compute_dtype),
+                token_bytes=kv_token_bytes(self._config, self._compute_dtype, codec),
                 hidden_bytes=self._config.hidden_size * DTYPE_BYTES[self._compute_dtype],
             )
         return self._blocks[key]
+
+
+def _weight_knobs(policy: Policy) -> tuple[object, ...]:
+    codecs = policy.weight_codec, policy.vocabulary_codec
+    return policy.weights, policy.resident_dtype, *codecs
 
 
 def check_fits(plan: Plan, advice: str) -> None:

@@ -27,7 +27,6 @@ from flexpipe.memory.weights import LayerParts, WeightStore
 from flexpipe.model import segments
 from flexpipe.model.batch import Batch, RopeTable, RowSpan
 from flexpipe.model.cost import (
-    ALIGNMENT,
     attend_flops,
     decoder_flops,
     head_flops,
@@ -36,6 +35,7 @@ from flexpipe.model.cost import (
     out_flops,
     qkv_flops,
 )
+from flexpipe.model.matmul import CompressedWeight
 from flexpipe.model.sampling import choose
 from flexpipe.model.workspace import Workspace
 from flexpipe.plan.layer import LayerKind, LayerPlan
@@ -154,7 +154,7 @@ class Stage:
 
         def load() -> None:
             with torch.inference_mode():
-                self.weights.load(progress)
+                self.weights.load(progress, self._device.stop)
 
         with ThreadPoolExecutor(1, "flexpipe-load") as thread:
             loaded = thread.submit(load)
@@ -331,11 +331,16 @@ class Stage:
         layout, config, decoder = self._layout(op), self.plan.config, self._decoder(op)
         if layout.cpu_batch is None:
             layout.cpu_batch = Batch.build(
-                config, _spans(layout.cpu_runs), None, lambda index: index, self._dtype
+                config,
+                _spans(layout.cpu_runs),
+                None,
+                lambda index: index,
+                self._dtype,
+                kv_codec=self.plan.policy.cache_codec,
             )
         kvs = self.kv_cache.views(layout.cpu_runs, self._rows(op), decoder, None)
         q_RND, kv_R2KD = self._parted(self._staged(op), layout.num_cpu_rows)
-        segments.append_kv(kv_R2KD, layout.cpu_batch, kvs)
+        segments.append_kv(kv_R2KD, layout.cpu_batch, kvs, self._cpu_workspace)
         segments.attend(q_RND, layout.cpu_batch, kvs, config, decoder, self._cpu_workspace)
 
     def _move_output(self, op: Op) -> None:
@@ -404,11 +409,15 @@ class Stage:
 
     def _compute_embed(self, op: Op, layout: _Layout, parts: LayerParts, hidden_TH: Tensor) -> None:
         assert layout.batch is not None and isinstance(parts.weights, segments.EmbedWeights)
+        rows_TE: Tensor | CompressedWeight
         if parts.embed_tokens is None:
             rows_TE = self._embed_rows(op, on_stage=False)
+            if codec := self.plan.embedding.codec:
+                rows_TE = CompressedWeight(rows_TE, codec, self.plan.config.input_size)
+        elif isinstance(parts.embed_tokens, CompressedWeight):
+            rows_TE = parts.embed_tokens.take(self._to_device(layout.ids_T))
         else:
-            ids_T = self._to_device(layout.ids_T)
-            rows_TE = torch.embedding(parts.embed_tokens, ids_T)
+            rows_TE = torch.embedding(parts.embed_tokens, self._to_device(layout.ids_T))
         segments.embed(
             rows_TE, hidden_TH, parts.weights, layout.batch, self.plan.config, self._workspace
         )
@@ -448,7 +457,7 @@ class Stage:
             segments.attend(q_TND, batch, kvs, config, decoder, self._workspace)
             return
         q_TND, kv_T2KD = segments.qkv(hidden_TH, weights, batch, config, both, self._workspace)
-        segments.append_kv(kv_T2KD, batch, kvs)
+        segments.append_kv(kv_T2KD, batch, kvs, self._workspace)
         for target, source in zip(leaving, (q_TND, kv_T2KD), strict=True):
             target.copy_(source[-rows:])
 
@@ -574,6 +583,7 @@ class Stage:
             self._rope,
             self._to_device,
             self._dtype,
+            kv_codec=self.plan.policy.cache_codec,
             num_elsewhere=len(layout.cpu_runs),
         )
 
@@ -587,10 +597,9 @@ class Stage:
         slot = op.stage_slot if on_stage else op.embed_slot
         assert slot is not None
         slab = (self._embed_stages if on_stage else self._embed_slots)[slot]
-        config = self.plan.config
-        placed = self.plan.placement.tensors[config.tensor_names["embed_tokens"]]
-        shape = (self._rows(op).num_new, config.input_size)
-        return typed(slab, torch_dtype(placed.dtype), shape)
+        table = self.plan.embedding
+        shape = (self._rows(op).num_new, table.shape[1])
+        return typed(slab, torch_dtype(table.dtype), shape)
 
     def _logits_view(self, mb: int, rows: int) -> Tensor:
         slab = self._logits[0 if len(self._logits) == 1 else mb]
@@ -609,7 +618,8 @@ class Stage:
         self._head_inputs = slots("head input", device)
         self._embed_slots = slots("embedding slots", device)
         self._embed_stages = slots("embedding staging", Tier.CPU)
-        self._cpu_workspace = Workspace(torch.empty(ALIGNMENT, dtype=torch.uint8))
+        none = torch.empty(0, dtype=torch.uint8)
+        self._cpu_workspace = Workspace((slots("attention workspace", Tier.CPU) or [none])[0])
         self._attention_slots = slots("attention slots", device)
         self._query_stages = slots("query staging", Tier.CPU)
         pin = self._device.has_streams

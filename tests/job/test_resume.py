@@ -221,6 +221,7 @@ def test_another_placement_and_batch_shape_may_go_on(
         ({"max_tokens": 9}, "max_tokens"),
         ({"temperature": 0.5}, "temperature"),
         ({"given": {"compute_dtype": "bfloat16"}}, "compute dtype"),
+        ({"given": {"compress_cache": "4"}}, "compressed KV cache was absent, is 4 bits in"),
     ],
 )
 def test_what_changes_tokens_is_refused_by_name_and_overwrite_starts_again(

@@ -112,6 +112,7 @@ def run(
     max_tokens: int = MAX_NEW,
     probes: Probes | None = None,
     fail_fast: bool = False,
+    **more: Any,
 ) -> tuple[Report, dict[int, dict[str, Any]]]:
     """Run token-id prompts; the report and each prompt's record."""
     lines = [json.dumps({"id": i, "prompt_token_ids": p}) for i, p in enumerate(prompts)]
@@ -126,8 +127,8 @@ def run(
         given=given,
         offload_dir=tmp_path / "offload",
         fail_fast=fail_fast,
-        overwrite=True,
         progress=False,
+        **{"overwrite": True, **more},
     )
     report = run_job(spec, probes)
     records = [json.loads(line) for line in spec.output_path.read_text().splitlines()]
@@ -149,6 +150,22 @@ def check_records(reference: Reference, records: Mapping[int, Mapping[str, Any]]
         assert record["usage"]["completion_tokens"] == len(tokens)
 
 
+def check_logits(
+    reference: Reference, records: Mapping[int, Mapping[str, Any]], seen: Logits
+) -> None:
+    """Logits are the reference's as long as the tokens before them are."""
+    for index, steps in seen.by_request.items():
+        same = len(steps)
+        for step, logits_V in enumerate(steps):
+            if records[index]["token_ids"][:step] != list(reference.tokens[index][:step]):
+                same = step  # after a tie the contexts differ
+                break
+            torch.testing.assert_close(
+                logits_V, reference.logits[index][step], atol=TOLERANCE, rtol=0
+            )
+        assert same > 0
+
+
 def check_matrix_case(
     hf_checkpoint: Any, hf_reference: Any, tmp_path: Path, variant: str, place: str, strategy: str
 ) -> None:
@@ -164,16 +181,7 @@ def check_matrix_case(
         probes=Probes(before_op=seen.before_op, on_stage=seen.on_stage, poison=True),
     )
     check_records(reference, records)
-    for index, steps in seen.by_request.items():
-        same = len(steps)
-        for step, logits_V in enumerate(steps):
-            if records[index]["token_ids"][:step] != list(reference.tokens[index][:step]):
-                same = step  # after a tie the contexts differ
-                break
-            torch.testing.assert_close(
-                logits_V, reference.logits[index][step], atol=TOLERANCE, rtol=0
-            )
-        assert same > 0
+    check_logits(reference, records, seen)
     assert len({token for record in records.values() for token in record["token_ids"]}) >= 20
 
 

@@ -26,7 +26,9 @@ TOKENS_PER_PAGE = KV_PAGE // 512  # the tiny model's token takes 512 bytes in a 
 Contents = dict[tuple[int, int, int], Tensor]  # (layer, micro-batch, place) -> [tokens, 2, K, D]
 
 
-def cache_plan(tier: Tier, kv_cache: Shares, *, rows: int = 4, tokens: int = 140) -> Plan:
+def cache_plan(
+    tier: Tier, kv_cache: Shares, *, rows: int = 4, tokens: int = 140, compress: str = "none"
+) -> Plan:
     return tiny_plan(
         tier=tier,
         config=tiny_config(num_hidden_layers=2),
@@ -34,6 +36,7 @@ def cache_plan(tier: Tier, kv_cache: Shares, *, rows: int = 4, tokens: int = 140
         kv_cache=kv_cache,
         micro_batch_size=rows,
         num_micro_batches=2,
+        compress_cache=compress,
     )
 
 
@@ -96,9 +99,14 @@ class Driver:
         key = (layer, mb, row.place)
         behind = self.contents.get(key, kv_L2KD[:0].clone())[: row.num_context]
         assert torch.equal(kv_L2KD[: row.num_context], behind)
-        new = torch.randn(row.num_new, *kv_L2KD.shape[1:], generator=self._random)
+        new = self._numbers((row.num_new, *kv_L2KD.shape[1:]), kv_L2KD.dtype)
         kv_L2KD[row.num_context : row.num_context + row.num_new] = new
         self.contents[key] = torch.cat([behind, new])
+
+    def _numbers(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if dtype == torch.uint8:
+            return torch.randint(256, shape, dtype=dtype, generator=self._random)
+        return torch.randn(shape, generator=self._random)
 
 
 SHARES = {
@@ -118,7 +126,7 @@ NEW = st.sampled_from([1, 1, 2, TOKENS_PER_PAGE - 1, TOKENS_PER_PAGE, TOKENS_PER
 
 
 @st.composite
-def appends(draw: st.DrawFn, plan: Plan) -> list[MicroBatch]:
+def appends(draw: st.DrawFn, plan: Plan, num_new: st.SearchStrategy[int] = NEW) -> list[MicroBatch]:
     """Steps in which some rows append some tokens, and some begin anew."""
     lengths: dict[tuple[int, int], int] = {}
     made = []
@@ -129,7 +137,7 @@ def appends(draw: st.DrawFn, plan: Plan) -> list[MicroBatch]:
             length = lengths.get((mb, place), 0)
             if draw(st.integers(0, 9)) == 0:
                 length = 0
-            new = min(draw(NEW), plan.micro_batches[mb].region_tokens - length)
+            new = min(draw(num_new), plan.micro_batches[mb].region_tokens - length)
             if new:
                 lengths[mb, place] = length + new
                 rows.append(Row(number, place, length, (3,) * new, True))
@@ -147,6 +155,36 @@ def test_a_row_finds_what_it_appended_in_every_later_step(tmp_path, tier, shares
         driver = Driver(plan, cache)
         for batch in data.draw(appends(plan)):
             driver.step(batch)
+
+
+# 4 KV heads of 16 numbers: 8 rows of 16 codes, a step and a smallest are 160 bytes a token
+@pytest.mark.parametrize(("tier", "shares"), CASES)
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_tokens_that_no_page_is_a_multiple_of_are_found_again(tmp_path, tier, shares, data):
+    """A compressed token's bytes may lie on both sides of a page's end."""
+    plan = cache_plan(tier, shares, tokens=330, compress="8")
+    assert plan.token_bytes == 160 and KV_PAGE % 160
+    with opened(plan, tmp_path / "kv.bin") as cache:
+        driver = Driver(plan, cache)
+        for batch in data.draw(appends(plan, st.sampled_from([1, 1, 2, 102, 103, 150]))):
+            driver.step(batch)
+
+
+@pytest.mark.parametrize(("bits", "token_bytes"), [("4", 96), ("8", 160)])
+def test_a_compressed_cache_takes_and_moves_the_bytes_of_its_form(tmp_path, bits, token_bytes):
+    plan = cache_plan(Tier.GPU, Shares(gpu=0.25, cpu=0.25, disk=0.5), tokens=400, compress=bits)
+    homes = {pool.tier: pool.num_bytes for pool in plan.pools if pool.name == "KV cache"}
+    region = 400 * token_bytes
+    pages = -(-region // KV_PAGE) * KV_PAGE
+    assert homes == {Tier.GPU: 4 * region, Tier.CPU: 4 * region, Tier.DISK: 8 * pages}
+    with opened(plan, tmp_path / "kv.bin") as cache:
+        Driver(plan, cache).step(whole(0, 0, 350))
+        batch, full = whole(0, 350, 3), 350 * token_bytes // KV_PAGE * KV_PAGE
+        assert 2 * full <= cache.read(batch, 0, slot=None, stage=0) <= full + pages
+        moved = {"slot": 0, "stage": 0, "copy": Tensor.copy_}
+        assert cache.load(batch, 0, **moved) == 3 * 350 * token_bytes
+        assert cache.store(batch, 0, **moved) == 3 * 3 * token_bytes
 
 
 def whole(index: int, context: int, new: int, *, rows: int = 4) -> MicroBatch:

@@ -9,16 +9,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from flexpipe.kernels.codec import compress
 from flexpipe.model import config as model_config
 from flexpipe.model import segments
 from flexpipe.model.config import ModelConfig, TensorSpec
 from flexpipe.model.cost import workspace_bytes
 from flexpipe.model.families import read_config
+from flexpipe.model.matmul import CompressedWeight
 from flexpipe.model.segments import (
     Batch,
     EmbedWeights,
@@ -28,8 +31,11 @@ from flexpipe.model.segments import (
     RowSpan,
     Workspace,
 )
+from flexpipe.plan.codec import Codec
+from flexpipe.plan.placement import is_shared
 
 GARBAGE = 9.0  # what the KV arena holds where nothing was written
+NO_NUMBERS = 255  # … where bytes stand for numbers: none that is one
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
@@ -49,15 +55,18 @@ class Decoder:
         num_rows: int,
         region: int = 352,
         wire: torch.dtype | None = None,
-        kv: torch.dtype | None = None,
+        kv: torch.dtype | Codec | None = None,
         compute: torch.dtype = torch.float32,
         max_tokens: int = 2048,
+        codec: Codec | None = None,
     ) -> None:
         self.config: ModelConfig = read_config(json.loads((directory / "config.json").read_text()))
         tensors = read_tensors(directory)
         if wire is not None:
             tensors = {name: tensor.to(wire) for name, tensor in tensors.items()}
+        self._codec = codec
         self.compute, kv = compute, kv or compute
+        self.kv_codec = kv if isinstance(kv, Codec) else None
         self._tensors: Mapping[str, Tensor] = tensors
         self.layers = [
             LayerWeights(
@@ -77,21 +86,34 @@ class Decoder:
             if self.config.rope
             else None
         )
-        shape = (self.config.num_layers, num_rows, region, 2)
-        heads = (self.config.num_kv_heads, self.config.head_dim)
-        self.arena = torch.full((*shape, *heads), GARBAGE, dtype=kv)
-        self.planned_bytes = self._planned(max_tokens, num_rows, region, kv)
+        shape: tuple[int, ...] = (self.config.num_layers, num_rows, region, 2)
+        heads, dim = self.config.num_kv_heads, self.config.head_dim
+        if isinstance(kv, Codec):
+            shape = (*shape, heads, kv.row_bytes(dim))
+            self.arena = torch.full(shape, NO_NUMBERS, dtype=torch.uint8)
+        else:
+            self.arena = torch.full((*shape, heads, dim), GARBAGE, dtype=kv)
+        self.planned_bytes = self._planned(max_tokens, num_rows, region)
         self.ws = Workspace(torch.empty(self.planned_bytes, dtype=torch.uint8))
         self.lengths = [0] * num_rows
         self.skipped_layer: int | None = None
         self.tamper: Callable[[Batch], Batch] = lambda batch: batch
 
-    def _take(self, specs: Sequence[TensorSpec]) -> dict[str, Tensor]:
+    def _take(self, specs: Sequence[TensorSpec]) -> dict[str, Any]:
         for spec in specs:
             assert self._tensors[spec.name].shape == spec.shape, spec
-        return {spec.role: self._tensors[spec.name] for spec in specs}
+        return {spec.role: self._held(spec) for spec in specs}
 
-    def _planned(self, max_tokens: int, num_rows: int, region: int, kv: torch.dtype) -> int:
+    def _held(self, spec: TensorSpec) -> Tensor | CompressedWeight:
+        tensor = self._tensors[spec.name]
+        if self._codec is None or not is_shared(spec):
+            return tensor
+        num_rows, size = spec.shape
+        rows = torch.empty(num_rows, self._codec.row_bytes(size), dtype=torch.uint8)
+        compress(tensor, self._codec, rows)
+        return CompressedWeight(rows, self._codec, size)
+
+    def _planned(self, max_tokens: int, num_rows: int, region: int) -> int:
         dtypes = {tensor.dtype for tensor in self._tensors.values()}
         biggest = max(tensor.numel() for tensor in self._tensors.values())
         return workspace_bytes(
@@ -99,8 +121,9 @@ class Decoder:
             num_tokens=max_tokens,
             num_rows=num_rows,
             compute_bytes=self.compute.itemsize,
-            max_convert_elements=0 if dtypes == {self.compute} else biggest,
-            kv_bytes=kv.itemsize,
+            max_convert_elements=biggest if self._codec or dtypes != {self.compute} else 0,
+            kv_bytes=self.arena.dtype.itemsize,
+            kv_codec=self.kv_codec,
             max_length=region,
             wire_bytes=max(dtype.itemsize for dtype in dtypes),
         )
@@ -115,11 +138,15 @@ class Decoder:
             [RowSpan(self.lengths[row], len(new), row in sampled) for row, new in run]
             for run in runs
         ]
-        batch = self.tamper(Batch.build(config, spans, self.rope, lambda t: t, self.compute))
+        batch = Batch.build(
+            config, spans, self.rope, lambda t: t, self.compute, kv_codec=self.kv_codec
+        )
+        batch = self.tamper(batch)
         ids = torch.tensor([token for run in runs for _, new in run for token in new]).long()
         ws.reset()
         hidden = torch.empty(batch.num_tokens, config.hidden_size, dtype=self.compute)
-        rows = self.embed_tokens.index_select(0, ids)
+        table = self.embed_tokens
+        rows = table.index_select(0, ids) if isinstance(table, Tensor) else table.take(ids)
         segments.embed(rows, hidden, self.embed_weights, batch, config, ws)
         for layer, weights in enumerate(self.layers):
             kvs = [self.arena[layer, run[0][0] : run[-1][0] + 1] for run in runs]

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from flexpipe.model import batch as batch_module
 from flexpipe.model.segments import Batch, RopeTable
-from tests.hf import TOLERANCE, VARIANTS, Disagreement, Reference, check_tokens
+from flexpipe.plan.codec import Codec
+from tests.hf import (
+    CODED_TIE,
+    CODED_TOLERANCE,
+    TOLERANCE,
+    VARIANTS,
+    Disagreement,
+    Reference,
+    check_tokens,
+)
 from tests.model.loop import Decoder, generate
 
 LENGTHS = (1, 2, 31, 64, 65, 130, 300)  # around windows (48, 64) and rope thresholds (128)
@@ -74,6 +83,52 @@ def test_short_mask_blocks_match_the_reference(decoder, reference, monkeypatch):
     check(reference, generate(decoder, reference.prompts, MAX_NEW))
     decoder.lengths = [0] * len(LENGTHS)
     check(reference, generate(decoder, reference.prompts, MAX_NEW, chunk=90))
+
+
+FOUR, EIGHT, SHORT = Codec(bits=4), Codec(bits=8), Codec(bits=4, group_size=32)
+# opt's heads have fewer numbers than a group, a wide qwen3's have a group and a quarter
+SAMPLE = [
+    ("opt", SHORT, False),
+    ("llama3", EIGHT, True),
+    ("mistral", FOUR, False),
+    ("qwen2", EIGHT, False),
+    ("qwen3-wide", FOUR, True),
+]
+REST = [
+    (variant, codec, kernel)
+    for variant in ("opt", "llama3", "mistral", "qwen2", "qwen3-wide")
+    for codec in (FOUR, EIGHT, SHORT)
+    for kernel in (True, False)
+    if (variant, codec, kernel) not in SAMPLE
+]
+
+
+@pytest.mark.parametrize(
+    ("variant", "codec", "kernel"),
+    [*SAMPLE, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)],
+)
+def test_compressed_cache_matches_a_reference_that_compresses_its_own(
+    variant, codec, kernel, hf_checkpoint, hf_reference, monkeypatch
+):
+    """Ragged rows, prefilled in one piece or in chunks, decoded in place or from widened rows."""
+    if not kernel:
+        monkeypatch.setattr(batch_module, "runs_here", lambda device: False)
+    path, lengths = hf_checkpoint(variant), (1, 31, 65, 130)
+    reference = hf_reference(variant, lengths=lengths, max_new=MAX_NEW, kv_codec=codec)
+    plain = generate(Decoder(path, num_rows=len(lengths)), reference.prompts, 1)
+    for one, other in zip(reference.logits, plain, strict=True):
+        assert (one[0] - other[0]).abs().max() > 10 * TOLERANCE  # compression is to be seen
+    exact = 0
+    for chunk in (None, 50):
+        decoder = Decoder(path, num_rows=len(lengths), kv=codec)
+        for prompt, logits in enumerate(generate(decoder, reference.prompts, MAX_NEW, chunk=chunk)):
+            tie = check_tokens(reference, prompt, logits.argmax(-1).tolist(), CODED_TIE)
+            compared = len(logits) if tie is None else tie + 1
+            differences = (logits - reference.logits[prompt])[:compared].abs().amax(-1)
+            assert differences.max() <= CODED_TOLERANCE
+            exact += int((differences <= TOLERANCE).sum())
+    print(f"{exact / (2 * len(lengths) * MAX_NEW):.0%} of all logits within {TOLERANCE}")
+    assert exact >= len(lengths) * MAX_NEW // 2
 
 
 def test_rows_of_equal_length_match_the_reference(variant, hf_checkpoint, hf_reference):

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexpipe.kernels import codec as codec_module
+from flexpipe.kernels.codec import compress
 from flexpipe.model import batch as batch_module
 from flexpipe.model import cost, matmul, segments
 from flexpipe.model.config import attention_tensors, mlp_tensors
 from flexpipe.model.families import read_config
 from flexpipe.model.sampling import greedy
 from flexpipe.model.segments import Batch, LayerWeights, RopeTable, RowSpan, Workspace
-from tests.hf import TOLERANCE, VARIANTS
+from flexpipe.plan.codec import Codec
+from tests.hf import TOLERANCE, VARIANTS, widened_checkpoint
 from tests.model.loop import Decoder, generate
 
+BOTH = ("compress_weight", "compress_vocabulary")
 QWEN3 = read_config(
     {
         "architectures": ["Qwen3ForCausalLM"],
@@ -38,9 +44,9 @@ QWEN3 = read_config(
 )
 
 
-def build(runs: list[list[RowSpan]], config=QWEN3) -> Batch:
+def build(runs: list[list[RowSpan]], config=QWEN3, codec: Codec | None = None) -> Batch:
     rope = RopeTable.build(config.rope, config.head_dim, "cpu") if config.rope else None
-    return Batch.build(config, runs, rope, lambda tensor: tensor, torch.float32)
+    return Batch.build(config, runs, rope, lambda tensor: tensor, torch.float32, codec)
 
 
 # Workspace
@@ -74,12 +80,24 @@ def test_exhausted_workspace_is_a_bug():
 
 
 @pytest.mark.parametrize("wire", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kv", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kv", [torch.float32, torch.bfloat16, Codec(bits=4)])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_planned_workspace_holds_what_is_used_and_little_more(variant, wire, kv, hf_checkpoint):
+    # rows of equal length are widened together, and no others are
+    lengths = [1, 40, 300, 20] if kv == torch.float32 else [150] * 4
+    path = hf_checkpoint(variant, dtype=wire)
+    decoder = Decoder(path, num_rows=4, region=max(lengths) + 2, max_tokens=sum(lengths), kv=kv)
+    generate(decoder, [[7] * n for n in lengths], 2)
+    assert decoder.ws.peak_bytes <= decoder.planned_bytes
+    assert decoder.ws.peak_bytes >= decoder.planned_bytes // 2
+
+
+@pytest.mark.parametrize("wire", ["float32", "bfloat16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_planned_workspace_holds_what_compressed_weights_use(variant, wire, hf_checkpoint):
     lengths = [1, 40, 300, 20]
     path = hf_checkpoint(variant, dtype=wire)
-    decoder = Decoder(path, num_rows=4, max_tokens=sum(lengths), kv=kv)
+    decoder = Decoder(path, num_rows=4, max_tokens=sum(lengths), codec=Codec(bits=4))
     generate(decoder, [[7] * n for n in lengths], 2)
     assert decoder.ws.peak_bytes <= decoder.planned_bytes
     assert decoder.ws.peak_bytes >= decoder.planned_bytes // 2
@@ -107,6 +125,22 @@ def test_weights_converted_on_the_fly_equal_weights_converted_before(
     prompts = [[5, 6, 7], list(range(10, 90))]
     before = generate(Decoder(path, num_rows=2, wire=torch.float32), prompts, 3)
     on_the_fly = generate(Decoder(path, num_rows=2), prompts, 3)
+    for expected, logits in zip(before, on_the_fly, strict=True):
+        torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("slice_elements", [cost.CONVERT_ELEMENTS, 1000])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("variant", ["opt", "opt-350m", "llama3-tied", "qwen3"])
+def test_compressed_weights_compute_like_what_they_widen_to(
+    variant, bits, slice_elements, hf_checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(matmul, "CONVERT_ELEMENTS", slice_elements)
+    path, knobs = hf_checkpoint(variant), dict.fromkeys(BOTH, str(bits))
+    widened = widened_checkpoint(path, tmp_path / "widened", knobs)
+    prompts = [[5, 6, 7], list(range(10, 90))]
+    before = generate(Decoder(widened, num_rows=2), prompts, 3)
+    on_the_fly = generate(Decoder(path, num_rows=2, codec=Codec(bits=bits)), prompts, 3)
     for expected, logits in zip(before, on_the_fly, strict=True):
         torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE)
 
@@ -266,7 +300,7 @@ def test_attention_is_exact_for_any_mix_of_rows(runs, layer, block, ragged):
     kvs = [torch.randn(len(run), region, 2, 2, 32, generator=generator) for run in runs]
     ws = Workspace(torch.empty(1 << 16, dtype=torch.uint8))
     queries = q_TND.clone()
-    segments.append_kv(new_T2KD, batch, kvs)
+    segments.append_kv(new_T2KD, batch, kvs, ws)
     attn_TA = segments.attend(queries, batch, kvs, config, layer, ws)
     token = 0
     for run, kv_RL2KD in zip(runs, kvs, strict=True):
@@ -282,6 +316,127 @@ def test_attention_is_exact_for_any_mix_of_rows(runs, layer, block, ragged):
                 torch.testing.assert_close(
                     attn_TA[new].view(expected.shape), expected, rtol=1e-5, atol=1e-5
                 )
+
+
+def widened(kv: torch.Tensor, codec: Codec, dim: int) -> torch.Tensor:
+    """What compressed rows stand for, in float64."""
+    out = torch.empty(*kv.shape[:-1], dim)
+    codec_module._widen_by_torch(kv, codec, out)
+    return out.double()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    runs=runs_of_spans,
+    layer=st.sampled_from([0, 1]),
+    form=st.sampled_from(
+        [(32, Codec(bits=4)), (80, Codec(bits=8)), (80, Codec(bits=4, group_size=66))]
+    ),
+    ragged=st.booleans(),
+    rows_at_once=st.sampled_from([1, 2, 100]),
+    tokens_at_once=st.sampled_from([1, 5, 1000]),
+)
+def test_attention_over_a_compressed_cache_is_that_over_what_it_stands_for(
+    runs, layer, form, ragged, rows_at_once, tokens_at_once
+):
+    """Heads of half a group, of a group and a quarter, and of a group and a fifth."""
+    dim, codec = form
+    generator = torch.Generator().manual_seed(0)
+    config, region = replace(QWEN3, head_dim=dim), 24
+    per_token = 2 * config.num_kv_heads * dim
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch_module, "MASK_BLOCK", 2)
+        patch.setattr(segments, "WIDEN_ROOM", rows_at_once * region * per_token)
+        patch.setattr(segments, "WIDEN_ELEMENTS", tokens_at_once * per_token)
+        patch.setattr(segments, "COMPRESS_ELEMENTS", tokens_at_once * per_token)
+        if not ragged:
+            patch.setattr(batch_module, "runs_here", lambda device: False)
+        batch = build(runs, config, codec)
+        q_TND = torch.randn(batch.num_tokens, 4, dim, generator=generator)
+        new_T2KD = torch.randn(batch.num_tokens, 2, 2, dim, generator=generator)
+        kvs = [compressed_cache(run, region, codec, dim, generator) for run in runs]
+        before = [kv.clone() for kv in kvs]
+        ws = Workspace(torch.empty(1 << 20, dtype=torch.uint8))
+        queries = q_TND.clone()
+        segments.append_kv(new_T2KD, batch, kvs, ws)
+        attn_TA = segments.attend(queries, batch, kvs, config, layer, ws)
+    token = 0
+    for run, kv_RL2KX, old_RL2KX in zip(runs, kvs, before, strict=True):
+        for span, kv_L2KX, old_L2KX in zip(run, kv_RL2KX, old_RL2KX, strict=True):
+            new = slice(token, token + span.num_new)
+            token += span.num_new
+            # each token for itself: those before it, and the room behind it, keep their bytes
+            assert torch.equal(kv_L2KX[: span.num_context], old_L2KX[: span.num_context])
+            assert torch.equal(kv_L2KX[span.length :], old_L2KX[span.length :])
+            kv_L2KD = widened(kv_L2KX[: span.length], codec, dim)
+            if span.num_new:
+                error = (kv_L2KD[span.num_context :] - new_T2KD[new].double()).abs().max()
+                assert error < (0.4 if codec.bits == 4 else 0.03)
+                k, v = kv_L2KD.unbind(1)
+                expected = reference_attention(
+                    q_TND[new].double(), k, v, first=span.num_context, window=config.window(layer)
+                )
+                torch.testing.assert_close(
+                    attn_TA[new].view(expected.shape).double(), expected, rtol=1e-5, atol=1e-5
+                )
+
+
+def compressed_cache(run, region, codec, dim, generator) -> torch.Tensor:
+    """Some numbers where rows have a context, bytes that are no numbers elsewhere."""
+    rows = torch.full((len(run), region, 2, 2, codec.row_bytes(dim)), 255, dtype=torch.uint8)
+    for span, kv_L2KX in zip(run, rows, strict=True):
+        behind = kv_L2KX[: span.num_context].view(-1, codec.row_bytes(dim))
+        compress(torch.randn(len(behind), dim, generator=generator), codec, behind)
+    return rows
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    codec=st.builds(Codec, bits=st.sampled_from([4, 8]), group_size=st.sampled_from([32, 64])),
+    num_tokens=st.integers(1, 40),
+    scale=st.sampled_from([1e-3, 1.0, 1e3]),
+)
+def test_a_tokens_bytes_do_not_depend_on_what_is_appended_with_it(codec, num_tokens, scale):
+    """Any chunking leaves the same cache."""
+    generator = torch.Generator().manual_seed(0)
+    new_T2KD = torch.randn(num_tokens, 2, 2, 32, generator=generator) * scale
+    ws = Workspace(torch.empty(1 << 16, dtype=torch.uint8))
+    whole, stepwise = (
+        torch.zeros(1, num_tokens, 2, 2, codec.row_bytes(32), dtype=torch.uint8) for _ in range(2)
+    )
+    segments.append_kv(new_T2KD, build([[RowSpan(0, num_tokens)]], QWEN3, codec), [whole], ws)
+    for token in range(num_tokens):
+        batch = build([[RowSpan(token, 1)]], QWEN3, codec)
+        segments.append_kv(new_T2KD[token : token + 1], batch, [stepwise], ws)
+    assert torch.equal(whole, stepwise)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dim", [16, 80, 128])
+def test_torch_takes_no_more_than_planned_while_it_compresses_and_widens(dim, bits, dtype):
+    codec = Codec(bits=bits)
+    new_T2KD = torch.randn(64, 4, 8, dim).to(dtype)[:, :2]  # keys and values lie behind queries
+    batch = build([[RowSpan(0, 64)]], replace(QWEN3, head_dim=dim), codec)
+    kv_RL2KX = torch.zeros(1, 64, 2, 8, codec.row_bytes(dim), dtype=torch.uint8)
+    wide = torch.empty(1, 64, 2, 8, dim, dtype=dtype)
+    ws = Workspace(torch.empty(1 << 20, dtype=torch.uint8))
+    planned = cost.CODEC_BYTES * new_T2KD.numel()
+    assert taken(lambda: segments.append_kv(new_T2KD, batch, [kv_RL2KX], ws)) <= planned
+    assert taken(lambda: codec_module._widen_by_torch(kv_RL2KX, codec, wide)) <= planned
+
+
+def taken(work: Callable[[], object]) -> int:
+    """The most bytes that torch held at a time while it worked."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        work()
+    changes = [
+        (event.start_ns(), event.nbytes())
+        for event in profile.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    ]
+    return max(accumulate(num_bytes for _, num_bytes in sorted(changes)))
 
 
 @pytest.mark.parametrize("ragged", [False, True])

@@ -111,6 +111,7 @@ def test_a_tier_counts_its_pools_the_temporaries_and_the_process(plan):
         pools = sum(pool.num_bytes for pool in plan.pools if pool.tier == tier)
         extra = plan.tier_bytes(tier) - pools
         process = PROCESS_SLACK if tier == Tier.CPU else 0
+        process += plan.placement.new_bytes if tier == Tier.DISK else 0
         assert extra == process + (plan.transient_bytes if tier == plan.device_tier else 0)
     if plan.device_tier == Tier.CPU:
         assert plan.tier_bytes(Tier.GPU) == 0

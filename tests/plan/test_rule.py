@@ -43,6 +43,14 @@ def planner(
     )
 
 
+@pytest.mark.parametrize("tier", [Tier.GPU, Tier.CPU])
+def test_the_rule_gives_up_no_digit_by_itself(tier):
+    """Not even where nothing else would fit."""
+    for budgets in (LARGE, Budgets(gpu=10**5, cpu=10**5, disk=10**5)):
+        policy = choose_plan({}, planner(budgets, tier), tier, len(NEEDS)).policy
+        assert policy.weight_codec is policy.vocabulary_codec is policy.cache_codec is None
+
+
 def most_modest(tier: Tier) -> Policy:
     """One row at a time, everything that may on the slowest tier."""
     return Policy(

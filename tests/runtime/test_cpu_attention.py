@@ -86,7 +86,9 @@ def test_bytes_over_the_links_are_queries_and_outputs_instead_of_the_cache(
     prompts = sum(LENGTHS) * token
     assert moved[False]["h2d"] == LAYERS * behind * token
     assert moved[True]["h2d"] == LAYERS * decoded * query
-    assert moved[False]["d2h"] == LAYERS * (prompts + decoded * token) + fetched
+    last = LAYERS * (prompts + decoded * token) + fetched - moved[False]["d2h"]
+    assert last % token == 0  # nobody waits for the last step's stores: some may be left undone
+    assert 0 <= last <= LAYERS * len(steps) * token
     assert moved[True]["d2h"] == LAYERS * (prompts + decoded * (token + query)) + fetched
 
 

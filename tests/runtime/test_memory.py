@@ -96,10 +96,13 @@ def test_no_tier_memory_is_taken_once_the_stage_stands(
     assert sum(size for name, _, size in taken if name == "take_on_host") == host_bytes
 
 
+@pytest.mark.parametrize("knobs", [{}, {"compress_weight": "4", "compress_vocabulary": "8"}])
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
-def test_what_was_measured_is_what_was_planned(runner: Runner, device: str) -> None:
+def test_what_was_measured_is_what_was_planned(
+    runner: Runner, device: str, knobs: dict[str, str]
+) -> None:
     given = EVERYWHERE_ON_CPU if device == "cpu" else EVERYWHERE
-    tiers = runner(given, device=device).report.tiers
+    tiers = runner({**given, **knobs}, device=device).report.tiers
     assert [use.tier for use in tiers] == (["gpu"] if device != "cpu" else []) + ["cpu", "disk"]
     for use in tiers:
         index_bytes = FEW_BYTES if use.tier == "disk" else 0  # where the file system keeps extents

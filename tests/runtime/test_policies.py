@@ -14,7 +14,13 @@ from hypothesis import strategies as st
 
 from flexpipe.errors import PlanError, PolicyError
 from flexpipe.plan.policy import OPTION_NAMES, RESIDENT_DTYPES, STRATEGIES, percent_shares
-from tests.hf import Reference
+from tests.hf import (
+    Reference,
+    load_reference_model,
+    ragged_prompts,
+    reference_generate,
+    widened_checkpoint,
+)
 from tests.runtime.conftest import LENGTHS, LIMITS
 from tests.runtime.jobs import EVERYWHERE, EVERYWHERE_ON_CPU, MIB, Runner
 
@@ -85,6 +91,21 @@ def runners(
     return made
 
 
+@pytest.fixture(scope="session")
+def compressed(
+    hf_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Mapping[str, tuple[Runner, Reference]]:
+    """By bits of the matrices: a tied model, and what is said of it with widened weights."""
+    source, made = hf_checkpoint("qwen2"), {}
+    for weight in ("none", "4"):
+        folder = tmp_path_factory.mktemp("compressed")
+        knobs = {"compress_weight": weight, "compress_vocabulary": "8"}
+        model = load_reference_model(widened_checkpoint(source, folder / "widened", knobs))
+        answers = reference_generate(model, ragged_prompts(LENGTHS), max(LIMITS))
+        made[weight] = Runner(source, folder, answers.prompts, LIMITS), answers
+    return made
+
+
 def check_policy(runner: Runner, answers: Reference, device: str, asked: dict[str, Any]) -> None:
     """A policy runs and gives the reference's tokens, or is refused with a knob's name."""
     try:
@@ -107,6 +128,16 @@ def check_policy(runner: Runner, answers: Reference, device: str, asked: dict[st
 @given(**ANY)
 def test_any_policy_runs_with_the_reference_tokens_or_is_refused_by_name(runners, variant, job):
     check_policy(*runners[variant], *job)
+
+
+@settings(max_examples=25)
+@given(job=jobs(), weight=st.sampled_from(["none", "4"]))
+def test_any_policy_with_compressed_weights_gives_the_tokens_of_the_widened_model(
+    compressed, job, weight
+):
+    device, asked = job
+    knobs = {"compress_weight": weight, "compress_vocabulary": "8"}
+    check_policy(*compressed[weight], device, {**asked, **knobs})
 
 
 @pytest.mark.slow

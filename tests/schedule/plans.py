@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from hypothesis import strategies as st
@@ -17,9 +18,10 @@ from flexpipe.errors import PolicyError
 from flexpipe.model.config import DTYPE_BYTES, ModelConfig
 from flexpipe.model.families import read_config
 from flexpipe.plan.block import Need
+from flexpipe.plan.codec import Codec
 from flexpipe.plan.placement import model_tensors
 from flexpipe.plan.plan import Budgets, Plan, Planner
-from flexpipe.plan.policy import STRATEGIES, Policy, Shares
+from flexpipe.plan.policy import COMPRESSIONS, STRATEGIES, Policy, Shares
 from flexpipe.plan.tier import Tier
 from flexpipe.schedule.build import schedule
 from flexpipe.schedule.op import Op
@@ -119,6 +121,19 @@ def stored_tensors(config: ModelConfig, dtype: str | None = None) -> dict[str, F
     return found
 
 
+@dataclass(frozen=True)
+class FakeForm(FakeTensor):
+    """The compressed form of a tensor that is not there either."""
+
+    new_bytes: int = 0
+
+    @classmethod
+    def of(cls, config: ModelConfig, name: str, codec: Codec) -> FakeForm:
+        shapes = {spec.name: spec.shape for spec in model_tensors(config)}
+        num_bytes = shapes[name][0] * codec.row_bytes(shapes[name][1])
+        return cls("uint8", 4096, num_bytes, f"{name}.{codec.bits}", num_bytes)
+
+
 NEEDS = (Need(70, 6), Need(30, 6), Need(12, 6), Need(9, 6), Need(5, 6), Need(3, 6), Need(1, 6))
 
 
@@ -142,6 +157,7 @@ def tiny_plan(
         budgets,
         device_tier=tier,
         compute_dtype="float32",
+        compress=partial(FakeForm.of, config),
     )
     return planner(given)
 
@@ -206,6 +222,8 @@ def plans(draw: st.DrawFn, *, strategy: str | None = None) -> Plan:
                 prefetch_depth=draw(st.sampled_from([1, 1, 2, 3, 9])),
                 separate_layers=draw(st.booleans()),
                 cpu_attention=draw(st.booleans()),
+                compress_weight=draw(st.sampled_from(COMPRESSIONS)),
+                compress_vocabulary=draw(st.sampled_from(COMPRESSIONS)),
                 strategy=strategy or draw(st.sampled_from(STRATEGIES)),
             )
         except PolicyError:
