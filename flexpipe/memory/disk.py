@@ -28,6 +28,7 @@ import functools
 import logging
 import mmap
 import os
+import resource
 import tempfile
 import threading
 import time
@@ -53,6 +54,7 @@ SCATTERED_IN_FLIGHT = 8
 BOUNCE_BYTES = BOUNCE_CHUNK_BYTES * SCATTERED_IN_FLIGHT  # what a process holds for unaligned reads
 SPAN_GAP_BYTES = 16 << 10  # reading over a smaller gap is cheaper than another request
 _HUGE = 2 << 20
+_MANY_FILES = 1 << 16
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 Buffer: TypeAlias = memoryview | npt.NDArray[np.uint8]
@@ -395,6 +397,7 @@ class DiskReader(Closing):
         self._stop = stop
         self._files: dict[Path, DiskFile] = {}
         self._lock = threading.Lock()
+        _allow_files()
 
     def file(self, path: Path) -> DiskFile:
         """The open file at `path`."""
@@ -407,6 +410,15 @@ class DiskReader(Closing):
         with self._lock:
             while self._files:
                 self._files.popitem()[1].close()
+
+
+def _allow_files() -> None:
+    """Every shard, and every compressed matrix, is a file that stays open; a shell's usual limit
+    is 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MANY_FILES if hard == resource.RLIM_INFINITY else min(_MANY_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def check_free_bytes(path: Path, num_bytes: int) -> None:

@@ -12,6 +12,7 @@ import pytest
 from flexpipe.cli.bench import bench
 from flexpipe.cli.demo import demo
 from flexpipe.cli.run import run
+from flexpipe.plan.codec import Codec
 from flexpipe.plan.hardware import Emulation
 from flexpipe.plan.policy import OPTION_NAMES, Policy, Shares
 from flexpipe.preset import policy_file
@@ -88,6 +89,21 @@ def test_switches_take_a_word_or_none(
 ) -> None:
     knobs = given(*flags)
     assert (knobs.get("separate_layers"), knobs.get("pin_weights")) == (separate, pin)
+
+
+def test_compression_takes_its_bits_none_or_no_word_for_four(given: Given, tmp_path: Path) -> None:
+    knobs = given("--compress-weight", "--compress-cache", 8, "--compress-vocabulary", "none")
+    assert knobs == {
+        "compress_weight": "4",
+        "compress_cache": "8",
+        "compress_vocabulary": "none",
+    }
+    policy = Policy(**knobs)
+    assert policy.weight_codec == Codec(bits=4) and policy.vocabulary_codec is None
+    file = tmp_path / "mine.yaml"
+    file.write_text("compress_weight: 8\ncompress_cache: none\ncompress_group: 128\n")
+    assert Policy(**given("--policy", file)).weight_codec == Codec(bits=8, group_size=128)
+    assert Policy(**given("--policy", file, "--compress-weight", "none")).weight_codec is None
 
 
 def test_percent_is_six_numbers_and_the_rest_is_disk(given: Given) -> None:

@@ -7,6 +7,7 @@ import errno
 import logging
 import mmap
 import os
+import resource
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -406,6 +407,17 @@ def test_waiting_for_a_buffer_of_a_ring_ends_when_one_is_free_or_the_run_stops()
             pass
     waiter.join(5)
     assert got.is_set()
+
+
+def test_a_reader_may_keep_more_files_open_than_a_shell_allows() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 1 << 16 if hard == resource.RLIM_INFINITY else min(1 << 16, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, wanted), hard))
+        DiskReader().close()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == wanted
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_threads_may_share_one_file(tmp_path: Path) -> None:
