@@ -91,7 +91,7 @@ def test_switches_take_a_word_or_none(
     assert (knobs.get("separate_layers"), knobs.get("pin_weights")) == (separate, pin)
 
 
-def test_compression_takes_its_bits_none_or_no_word_for_four(given: Given, tmp_path: Path) -> None:
+def test_compression_takes_its_bits_none_or_no_word_for_four(given: Given) -> None:
     knobs = given("--compress-weight", "--compress-cache", 8, "--compress-vocabulary", "none")
     assert knobs == {
         "compress_weight": "4",
@@ -100,10 +100,18 @@ def test_compression_takes_its_bits_none_or_no_word_for_four(given: Given, tmp_p
     }
     policy = Policy(**knobs)
     assert policy.weight_codec == Codec(bits=4) and policy.vocabulary_codec is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "codec"),
+    [([], Codec(bits=8, group_size=128)), (["--compress-weight", "none"], None)],
+)
+def test_a_file_says_bits_as_numbers(
+    given: Given, tmp_path: Path, flags: list[str], codec: Codec | None
+) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("compress_weight: 8\ncompress_cache: none\ncompress_group: 128\n")
-    assert Policy(**given("--policy", file)).weight_codec == Codec(bits=8, group_size=128)
-    assert Policy(**given("--policy", file, "--compress-weight", "none")).weight_codec is None
+    assert Policy(**given("--policy", file, *flags)).weight_codec == codec
 
 
 def test_percent_is_six_numbers_and_the_rest_is_disk(given: Given) -> None:
