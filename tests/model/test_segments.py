@@ -46,7 +46,7 @@ QWEN3 = read_config(
 
 def build(runs: list[list[RowSpan]], config=QWEN3, codec: Codec | None = None) -> Batch:
     rope = RopeTable.build(config.rope, config.head_dim, "cpu") if config.rope else None
-    return Batch.build(config, runs, rope, lambda tensor: tensor, torch.float32, codec)
+    return Batch.build(config, runs, rope, lambda t: t, torch.float32, kv_codec=codec)
 
 
 # Workspace

@@ -268,5 +268,5 @@ def test_on_the_cpu_there_are_no_lanes_between_host_and_device():
         yield None
 
     made.run(ops())
-    moves = {Lane.LOAD_WEIGHT, Lane.LOAD_CACHE, Lane.STORE_CACHE}
+    moves = {Lane.LOAD_WEIGHT, Lane.LOAD_CACHE, Lane.STORE_CACHE, Lane.ATTEND_CPU}
     assert seen == [len(set(Lane) - moves)]
