@@ -192,6 +192,42 @@ class Emitter:
             rows = [self.shuffle(a, b, lanes) for a, b in pairs for lanes in (low, high)]
         return list(rows)
 
+    def totals(self, vectors: Sequence[Value]) -> Value:
+        """The sums of the lanes of `width` vectors, as the lanes of one."""
+        unit = min(4, self.width)  # shuffles within so many lanes are the cheap ones
+        for _ in range(unit.bit_length() - 1):
+            firsts = range(0, self.width, unit)
+            picks = [
+                [side * self.width + first + lane for first in firsts for side in (0, 1)
+                 for lane in range(odd, unit, 2)]
+                for odd in (0, 1)
+            ]  # fmt: skip
+            vectors = self._added(vectors, picks)
+        while len(vectors) > 1:
+            chunks = range(0, 2 * self.width, 2 * unit)
+            picks = [
+                [first + odd * unit + lane for first in chunks for lane in range(unit)]
+                for odd in (0, 1)
+            ]
+            vectors = self._added(vectors, picks)
+        return vectors[0]
+
+    def _added(self, vectors: Sequence[Value], picks: Sequence[Sequence[int]]) -> list[Value]:
+        """Of each two neighbours, the sum of two picks of their lanes."""
+        pairs = zip(vectors[::2], vectors[1::2], strict=True)
+        return [self.builder.fadd(*(self.shuffle(a, b, pick) for pick in picks)) for a, b in pairs]
+
+    def joined(self, vectors: Sequence[Value], first: int, count: int) -> Value:
+        """The `count` lanes from `first` on of each of some vectors, side by side."""
+        parts = [self.shuffle(x, x, range(first, first + count)) for x in vectors]
+        while len(parts) > 1:
+            width = parts[0].type.count
+            parts = [
+                self.shuffle(a, b, range(2 * width))
+                for a, b in zip(parts[::2], parts[1::2], strict=True)
+            ]
+        return parts[0]
+
     # number formats in memory
 
     def load_floats(self, pointer: Value, dtype: str) -> Value:

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexpipe.kernels import team
+from flexpipe.kernels import codec, team
 from flexpipe.kernels.attend import KvRows, attend_rows, runs_here
+from flexpipe.plan.codec import Codec
 
 pytestmark = pytest.mark.skipif(not team.available(), reason="no llvmlite or no OpenMP here")
 
@@ -37,8 +38,8 @@ def some_rows(counts, region, generator):
 @given(
     counts=st.lists(st.integers(1, 70), min_size=1, max_size=5),
     num_kv=st.integers(1, 3),
-    group=st.sampled_from([1, 2, 3, 7, 8, 9, 12]),
-    dim=st.sampled_from([1, 2, 6, 8, 16, 24, 64, 80]),
+    group=st.sampled_from([1, 2, 3, 4, 7, 8, 9, 12]),
+    dim=st.sampled_from([1, 2, 6, 8, 16, 24, 64, 80, 128]),
     q_dtype=dtypes,
     kv_dtype=dtypes,
     scale=st.sampled_from([0.1, 1.0, 30.0]),
@@ -57,6 +58,46 @@ def test_ragged_rows_attend_to_just_their_tokens(
     attend_rows(q, kv, rows, None)
     tolerance = TOLERANCE[q_dtype] * max(1.0, scale)
     torch.testing.assert_close(q.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    counts=st.lists(st.integers(1, 70), min_size=1, max_size=4),
+    num_kv=st.integers(1, 3),
+    group=st.sampled_from([1, 3, 4, 8, 9]),
+    dim=st.sampled_from([8, 16, 40, 64, 80, 96, 128]),
+    bits=st.sampled_from([4, 8]),
+    group_size=st.sampled_from([32, 64]),
+    q_dtype=dtypes,
+)
+def test_compressed_rows_attend_as_what_they_widen_to(
+    counts, num_kv, group, dim, bits, group_size, q_dtype
+):
+    generator = torch.Generator().manual_seed(0)
+    kind = Codec(bits=bits, group_size=group_size)
+    wide = torch.randn(len(counts), 70, 2, num_kv, dim, generator=generator)
+    kv = torch.empty(*wide.shape[:-1], kind.row_bytes(dim), dtype=torch.uint8)
+    codec.compress(wide.flatten(0, 3), kind, kv.flatten(0, 3))
+    codec.widen(kv.flatten(0, 3), kind, wide.flatten(0, 3))
+    q = torch.randn(len(counts), num_kv * group, dim, generator=generator).to(q_dtype)
+    rows = some_rows(counts, 70, generator)
+    expected = reference(q, wide, rows)
+    for row, (first, count) in enumerate(zip(rows.first_R, rows.count_R, strict=True)):
+        kv[row, :first], kv[row, first + count :] = 255, 255  # NaN steps
+    attend_rows(q, kv, rows, kind)
+    tolerance = TOLERANCE[q_dtype]
+    torch.testing.assert_close(q.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_heads_beyond_a_thread_s_share_are_another_item():
+    """Many wide heads: a row's heads are taken in several turns, its queries lie behind others."""
+    generator = torch.Generator().manual_seed(0)
+    kv = torch.randn(3, 40, 2, 40, 128, generator=generator)
+    q = torch.randn(3, 80, 128, generator=generator)
+    rows = some_rows([40, 17, 5], 40, generator)
+    expected = reference(q, kv, rows)
+    attend_rows(q, kv, rows, None)
+    torch.testing.assert_close(q.double(), expected, rtol=2e-6, atol=2e-6)
 
 
 def test_growing_scores_move_the_running_maximum():

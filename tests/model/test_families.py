@@ -95,9 +95,24 @@ def test_model_type_decides_where_no_architecture_is_named():
         read_config({})
 
 
-def test_quantized_checkpoint_is_refused_by_its_method():
-    with pytest.raises(ModelError, match="gptq"):
-        read_config({**LLAMA, "quantization_config": {"quant_method": "gptq"}})
+@pytest.mark.parametrize(
+    ("quantization", "method"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
+        ({"load_in_4bit": True}, "an unnamed method"),
+        ("fp8", "an unnamed method"),
+    ],
+)
+def test_quantized_checkpoint_is_refused_by_its_method_and_told_what_to_use(quantization, method):
+    with pytest.raises(ModelError) as refusal:
+        read_config({**LLAMA, "quantization_config": quantization})
+    for word in (f"quantized with {method}", "unquantized checkpoint", "--compress-weight"):
+        assert word in str(refusal.value)
+
+
+def test_an_empty_quantization_config_says_nothing():
+    assert read_config({**LLAMA, "quantization_config": None}) == read_config(LLAMA)
 
 
 @pytest.mark.parametrize(
