@@ -170,7 +170,8 @@ class Emitter:
         return self.builder.call(self._declared(name, ir.IntType(1), [lanes.type]), [lanes])
 
     def exp2(self, x: Value) -> Value:
-        """2^x, 0 to within 2^-126 below; x must not exceed 127."""
+        """2^x, 0 to within 2^-126 below, NaN of what is not finite; x must not exceed 127."""
+        nothing = self.builder.fsub(x, x)
         x = self.larger(x, self.constant(-126.0))
         whole = self._elementwise("llvm.rint", x)
         part = self.builder.fsub(x, whole)
@@ -180,7 +181,7 @@ class Emitter:
         integers = ir.VectorType(I32, self.width)
         exponent = self.builder.shl(self.builder.fptosi(whole, integers), self._bits(23))
         bits = self.builder.add(self.builder.bitcast(power, integers), exponent)
-        return self.builder.bitcast(bits, self.vector)
+        return self.builder.fadd(self.builder.bitcast(bits, self.vector), nothing)
 
     def transposed(self, rows: Sequence[Value]) -> list[Value]:
         """The columns of `width` rows: log2(width) perfect shuffles."""
@@ -283,7 +284,7 @@ class Emitter:
     def _across(self, name: str, *values: Value) -> Value:
         types = [value.type for value in values]
         function = self._declared(f"{name}.v{self.width}f32", F32, types)
-        return self.builder.call(function, values, fastmath=("reassoc", "nnan"))
+        return self.builder.call(function, values, fastmath=("reassoc",))
 
     def _declared(self, name: str, result: ir.Type, types: Sequence[ir.Type]) -> Value:
         known = self.module.globals.get(name)

@@ -113,6 +113,17 @@ def test_growing_scores_move_the_running_maximum():
     torch.testing.assert_close(q.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("group", [1, 8])
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_key_or_a_value_that_is_no_number_shows(group, part):
+    """A row whose cache went wrong must fail, not answer."""
+    kv = torch.randn(2, 40, 2, 1, 64, generator=torch.Generator().manual_seed(0))
+    kv[0, 7, part, 0, 3] = math.nan
+    q = torch.randn(2, group, 64, generator=torch.Generator().manual_seed(1))
+    attend_rows(q, kv, some_rows([40, 40], 40, torch.Generator()), None)
+    assert q[0].isnan().any() and q[1].isfinite().all()
+
+
 def test_any_number_of_threads_gives_the_same_bits():
     generator = torch.Generator().manual_seed(0)
     kv = torch.randn(9, 50, 2, 2, 32, generator=generator)
