@@ -5,7 +5,8 @@ region, at several shapes and numbers of rows; layers take turns, so that every 
 memory. Beside our kernel (`flexpipe.kernels.attend`) for every kind of cache stand torch's ways,
 each computing the same to rounding, which is checked. Bytes count once and only where a row has
 tokens; rates are GB/s of them, and tokens attended per second. The bounds are measured in the same
-rounds: reading memory, and widening bfloat16 that lies in the caches.
+rounds: reading memory, and widening bfloat16 that lies in the caches. Caches lie in memory as the
+engine takes it.
 
     PYTHONPATH=. OMP_NUM_THREADS=2 python benchmarks/decode_attention.py [--json FILE] [--rounds 5]
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ from benchmarks.trial import Sample, machine, markdown
 from flexpipe.kernels import codec, team
 from flexpipe.kernels.attend import KvRows, attend_rows
 from flexpipe.kernels.emit import BYTE, Emitter
+from flexpipe.memory.disk import aligned_buffer
 from flexpipe.plan.codec import Codec
 
 SHAPES = ((4, 8, 64), (8, 4, 128), (32, 1, 128))  # KV heads, query heads to each, head_dim
@@ -90,15 +93,21 @@ class Caches:
             self.tokens[name] = self._repeated(narrow)
         by_head = wide.permute(1, 2, 0, 3).unsqueeze(1)  # [2, 1, K, L, D]
         shape = (point.layers, 2, point.rows, point.num_kv, point.tokens, point.dim)
-        self.head_major = torch.empty(shape)
+        self.head_major = _slab(shape, torch.float32)
         for start in range(0, point.tokens, DISTINCT):
             self.head_major[..., start : start + DISTINCT, :] = by_head
 
     def _repeated(self, base: Tensor) -> Tensor:
         point = self.point
         lengths = (point.layers, point.rows, point.tokens // DISTINCT)
-        whole = base.expand(*lengths, *base.shape).contiguous()
+        whole = _slab((*lengths, *base.shape), base.dtype).copy_(base)
         return whole.view(*lengths[:2], point.tokens, *base.shape[1:])
+
+
+def _slab(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Memory as the engine takes it for a tier: in huge pages, where the system has them."""
+    size = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(aligned_buffer(size)[:size]).view(dtype).view(shape)
 
 
 @dataclass(frozen=True)

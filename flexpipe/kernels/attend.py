@@ -183,10 +183,16 @@ class _Attend:
             cache = e.at(e.pointer(kv), e.builder.mul(row, kv_stride), BYTE)
             past = e.linear((start, shape.token_bytes), (head, shape.head_bytes))
             cache = e.at(cache, past, BYTE)
+            self._prefetch_first(cache, e.smaller(num_tokens, e.number(e.width)))
             self._begin(query)
             with e.loop(e.number(0), num_tokens, e.width) as token:
                 block = e.at(cache, e.linear((token, shape.token_bytes)), BYTE)
-                self._block(block, e.smaller(e.builder.sub(num_tokens, token), e.number(e.width)))
+                left = e.builder.sub(num_tokens, token)
+                # behind the last block nothing is asked for but what the caches hold
+                is_last = e.builder.icmp_signed("<=", left, e.number(e.width))
+                ahead = e.number(e.width * shape.token_bytes)
+                self._ahead = e.builder.select(is_last, e.number(0), ahead)
+                self._block(block, e.smaller(left, e.number(e.width)))
             self._finish(query)
         return e.text()
 
@@ -332,8 +338,8 @@ class _Attend:
         Each of the heads goes through `num_steps`: requests come evenly, and none is waited for.
         """
         e, shape = self._e, self._shape
-        fixed = e.width * shape.token_bytes + part * shape.num_kv_heads * shape.head_bytes
-        ahead = e.at(block, fixed, BYTE)
+        fixed = e.number(part * shape.num_kv_heads * shape.head_bytes)
+        ahead = e.at(block, e.builder.add(self._ahead, fixed), BYTE)
         lines = -(-self._chunk * shape.head_bytes // _CACHE_LINE)  # of a token
         share = -(-e.width * lines // (self._chunk * num_steps))
         first = e.linear((head, num_steps * share), (step, share))
@@ -343,6 +349,17 @@ class _Attend:
             place = e.builder.urem(index, e.number(lines))
             offset = e.linear((token, shape.token_bytes), (place, _CACHE_LINE))
             e.prefetch(e.at(ahead, offset, BYTE))
+
+    def _prefetch_first(self, block: Value, num_tokens: Value) -> None:
+        """The first block, in one go, while the queries are made ready."""
+        e, shape = self._e, self._shape
+        lines = -(-self._chunk * shape.head_bytes // _CACHE_LINE)
+        for part in range(2):
+            start = e.at(block, part * shape.num_kv_heads * shape.head_bytes, BYTE)
+            with e.loop(e.number(0), num_tokens) as token:
+                row = e.at(start, e.linear((token, shape.token_bytes)), BYTE)
+                with e.loop(e.number(0), e.number(lines)) as line:
+                    e.prefetch(e.at(row, e.linear((line, _CACHE_LINE)), BYTE))
 
     def _weigh(self, head: Value, query: int, score: Value) -> None:
         """Scores become softmax weights, not yet divided by their sum."""

@@ -48,8 +48,8 @@ class Codec:
         size = self.group_size
         if not _SMALLEST_GROUP <= size <= _LARGEST_GROUP or size % 2:
             raise PolicyError(
-                f"a compression group has {_SMALLEST_GROUP} to {_LARGEST_GROUP} numbers, an even "
-                f"count; got {size}"
+                f"compress_group (--compress-group) is an even number from {_SMALLEST_GROUP} to "
+                f"{_LARGEST_GROUP}, got {size}"
             )
 
     def __str__(self) -> str:
