@@ -11,15 +11,28 @@ import itertools
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-from llvmlite import ir
-from llvmlite.ir import Value
+try:
+    from llvmlite import ir
+except ImportError:  # `flexpipe.kernels.team` says so, and nobody builds a kernel
+    ir = None
+if TYPE_CHECKING:
+    from llvmlite.ir import Value
+else:
+    Value = getattr(ir, "Value", None)
 
 __all__ = ["BYTE", "F32", "I32", "I64", "Emitter", "Value"]
 
-BYTE, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
-F32 = ir.FloatType()
-_PTR, _VOID = ir.PointerType(), ir.VoidType()
+
+def _types() -> tuple[Any, ...]:
+    if ir is None:
+        return (None,) * 6
+    integers = (ir.IntType(8), ir.IntType(32), ir.IntType(64))
+    return (*integers, ir.FloatType(), ir.PointerType(), ir.VoidType())
+
+
+BYTE, I32, I64, F32, _PTR, _VOID = _types()
 # 2^x on [-1/2, 1/2], the Taylor series: its error is below that of rounding to float32
 _EXP2 = [
     1.0,

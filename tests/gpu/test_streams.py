@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from benchmarks.trial import Trial, llama_shape, run_trial, uniform_prompts
+from flexpipe.kernels.codec import compress, widen
+from flexpipe.plan.codec import Codec
 from flexpipe.plan.policy import STRATEGIES, Shares, percent_shares
 from flexpipe.plan.tier import Tier
 from tests.hf import check_tokens
@@ -26,6 +28,7 @@ PLACEMENTS = {
     "cpu": (0, 100, 0, 100, 0, 100),
     "disk": (0, 0, 0, 0, 0, 0),
     "mixed": (20, 40, 34, 33, 34, 33),
+    "attention on the CPU": (20, 40, 34, 33, 34, 33),
 }
 
 
@@ -59,6 +62,7 @@ def test_every_strategy_and_placement_emits_the_reference_tokens(
             "num_micro_batches": 3,
             "strategy": strategy,
             "compute_dtype": "float32",
+            "cpu_attention": placement == "attention on the CPU",
         },
     )
     assert not trial.errors
@@ -66,6 +70,18 @@ def test_every_strategy_and_placement_emits_the_reference_tokens(
         tokens = trial.tokens[str(index)]
         assert len(tokens) == MAX_NEW or tokens[-1] == 2
         check_tokens(reference, index, tokens)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_widening_there_gives_the_bits_it_gives_here(bits: int, dtype: torch.dtype) -> None:
+    kind = Codec(bits=bits)
+    rows = torch.empty(37, kind.row_bytes(200), dtype=torch.uint8)
+    compress(torch.randn(37, 200, generator=torch.Generator().manual_seed(0)), kind, rows)
+    here, there = torch.empty(37, 200, dtype=dtype), torch.empty(37, 200, dtype=dtype).cuda()
+    widen(rows, kind, here)
+    widen(rows.cuda(), kind, there)
+    assert torch.equal(there.cpu(), here)
 
 
 def streamed(tmp_path: Path, **given: Any) -> Trial:
