@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from flexpipe.plan.layer import LayerKind, LayerPlan
 from flexpipe.plan.plan import (
@@ -336,10 +337,8 @@ class ScheduleBuilder:
             return
         reads: list[Resource] = []
         writes: list[Resource] = []
-        weight_slot = kv_slot = hidden_slot = embed_slot = None
-        if layer.is_streamed:
-            weight_slot = self._in_use[Pool.WEIGHT_SLOT, layer.position, 0]
-            reads.append((Pool.WEIGHT_SLOT, weight_slot, 0, 0))
+        kv_slot = hidden_slot = embed_slot = None
+        weight_slot = self._use_weights(layer, reads)
         if layer.kind == LayerKind.EMBED:
             reads.append(_rows(batch))
             if self._plan.embed_streams:
@@ -368,75 +367,41 @@ class ScheduleBuilder:
 
     def _compute_apart(self, step: int, layer: LayerPlan, batch: MicroBatch) -> Iterator[Op]:
         """A layer in segments: queries of some rows go to the CPU while the others attend here."""
-        edges, where = self._edges, (step, layer.position, batch)
-        slot = self._take(Pool.ATTENTION_SLOT, layer.position, batch.index)
-        stage = self._take(Pool.QUERY_STAGE)
+        where = (step, layer.position, batch)
+        slot, stage = self._take(Pool.ATTENTION_SLOT), self._take(Pool.QUERY_STAGE)
         here: Resource = (Pool.ATTENTION_SLOT, slot, 0, 0)
         leaving: Resource = (Pool.ATTENTION_SLOT, slot, 1, 0)
         staged: Resource = (Pool.QUERY_STAGE, stage, 0, 0)
-        weights: tuple[Resource, ...] = ()
-        weight_slot: int | None = None
-        if layer.is_streamed:
-            weight_slot = self._in_use[Pool.WEIGHT_SLOT, layer.position, 0]
-            weights = ((Pool.WEIGHT_SLOT, weight_slot, 0, 0),)
+        weights: list[Resource] = []
         cache: list[Resource] = []
-        kv_slot = self._use_cache(layer, batch, cache)
         hidden: list[Resource] = []
-        hidden_slot = self._use_hidden(layer, batch, hidden)
-        yield edges.op(
+        compute = partial(
+            self._edges.op,
             Kind.COMPUTE,
             *where,
-            reads=(*weights, *hidden),
-            writes=(*cache, here, leaving),
-            weight_slot=weight_slot,
-            kv_slot=kv_slot,
-            hidden_slot=hidden_slot,
-            attention_slot=slot,
-            segment=Segment.QKV,
-        )
-        yield edges.op(
-            Kind.MOVE_QUERY,
-            *where,
-            reads=(leaving,),
-            writes=(staged,),
-            stage_slot=stage,
+            weight_slot=self._use_weights(layer, weights),
+            kv_slot=self._use_cache(layer, batch, cache),
+            hidden_slot=self._use_hidden(layer, batch, hidden),
             attention_slot=slot,
         )
-        yield edges.op(
-            Kind.ATTEND_CPU,
-            *where,
-            writes=(_kv(layer, batch, Tier.CPU), staged),
-            stage_slot=stage,
-        )
+        move = partial(self._edges.op, stage_slot=stage, attention_slot=slot)
+        made = (*cache, here, leaving)
+        yield compute(reads=(*weights, *hidden), writes=made, segment=Segment.QKV)
+        yield move(Kind.MOVE_QUERY, *where, reads=(leaving,), writes=(staged,))
+        yield move(Kind.ATTEND_CPU, *where, writes=(_kv(layer, batch, Tier.CPU), staged))
         if cache:
-            yield edges.op(
-                Kind.COMPUTE,
-                *where,
-                reads=tuple(cache),
-                writes=(here,),
-                kv_slot=kv_slot,
-                hidden_slot=hidden_slot,
-                attention_slot=slot,
-                segment=Segment.ATTEND,
-            )
-        yield edges.op(
-            Kind.MOVE_OUTPUT,
-            *where,
-            reads=(staged,),
-            writes=(leaving,),
-            stage_slot=stage,
-            attention_slot=slot,
-        )
-        yield edges.op(
-            Kind.COMPUTE,
-            *where,
-            reads=weights,
-            writes=(here, leaving, *hidden),
-            weight_slot=weight_slot,
-            hidden_slot=hidden_slot,
-            attention_slot=slot,
-            segment=Segment.OUT,
-        )
+            yield compute(reads=tuple(cache), writes=(here,), segment=Segment.ATTEND)
+        yield move(Kind.MOVE_OUTPUT, *where, reads=(staged,), writes=(leaving,))
+        done = (here, leaving, *hidden)
+        yield compute(reads=tuple(weights), writes=done, segment=Segment.OUT)
+
+    def _use_weights(self, layer: LayerPlan, accesses: list[Resource]) -> int | None:
+        """The slot that a streamed layer's weights lie in."""
+        if not layer.is_streamed:
+            return None
+        slot = self._in_use[Pool.WEIGHT_SLOT, layer.position, 0]
+        accesses.append((Pool.WEIGHT_SLOT, slot, 0, 0))
+        return slot
 
     def _use_cache(
         self, layer: LayerPlan, batch: MicroBatch, accesses: list[Resource]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
+
+from flexpipe.kernels import team
 
 WITHOUT = """
 import sys
@@ -20,6 +23,11 @@ codec.compress(x, kind, rows)
 codec.widen(rows, kind, back)
 assert (x - back).abs().max() < 0.05
 """
+
+
+def test_kernels_run_wherever_their_compiler_is_installed() -> None:
+    """Or the tests of kernels would be left out without a word."""
+    assert team.available() == (importlib.util.find_spec("llvmlite") is not None)
 
 
 def test_without_llvmlite_torch_serves() -> None:
