@@ -11,14 +11,14 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import psutil
 
 from flexpipe.errors import InputError
-from flexpipe.units import format_bytes, parse_bytes
+from flexpipe.units import format_bytes, parse_bytes, parse_flops, parse_rate
 
 ROOT = Path("/")
 # v1 says "no limit" with the largest multiple of a page that fits a signed 64-bit number
@@ -63,45 +63,25 @@ class Emulation:
             name, read = _EMULATED[key]
             if name in values:
                 raise InputError(f"--emulate gives {key} twice")
-            values[name] = read(key, value)
+            values[name] = _read(key, value, read)
         return cls(**values)  # type: ignore[arg-type]
 
 
-_FLOPS = re.compile(r"([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([KMGTP]?)(?:FLOPS?(?:/S)?)?", re.IGNORECASE)
-
-
-def _link_rate(key: str, text: str) -> float:
+def _read(key: str, text: str, read: Callable[[str], float]) -> float:
     try:
-        return float(parse_bytes(re.sub(r"/s$", "", text, flags=re.IGNORECASE)))
-    except InputError:
-        raise InputError(
-            f"--emulate cannot read {key}={text} as a bandwidth; write it like 2GB/s"
-        ) from None
-
-
-def _compute_rate(key: str, text: str) -> float:
-    match = _FLOPS.fullmatch(text)
-    if match is None:
-        raise InputError(f"--emulate cannot read {key}={text}; write it like 100GFLOP/s")
-    prefixes = ("", "K", "M", "G", "T", "P")
-    return float(match.group(1)) * 1000.0 ** prefixes.index(match.group(2).upper())
-
-
-def _memory(key: str, text: str) -> int:
-    try:
-        return parse_bytes(text)
+        return read(text)
     except InputError as error:
-        raise InputError(f"--emulate {key}: {error}") from None
+        raise InputError(f"--emulate {key}={text}: {error}") from None
 
 
 # word of --emulate -> field and how it is read
-_EMULATED = {
-    "h2d": ("h2d_bytes_per_s", _link_rate),
-    "d2h": ("d2h_bytes_per_s", _link_rate),
-    "disk_read": ("disk_read_bytes_per_s", _link_rate),
-    "disk_write": ("disk_write_bytes_per_s", _link_rate),
-    "compute": ("flops_per_s", _compute_rate),
-    "memory": ("memory_bytes", _memory),
+_EMULATED: dict[str, tuple[str, Callable[[str], float]]] = {
+    "h2d": ("h2d_bytes_per_s", parse_rate),
+    "d2h": ("d2h_bytes_per_s", parse_rate),
+    "disk_read": ("disk_read_bytes_per_s", parse_rate),
+    "disk_write": ("disk_write_bytes_per_s", parse_rate),
+    "compute": ("flops_per_s", parse_flops),
+    "memory": ("memory_bytes", parse_bytes),
 }
 
 

@@ -156,7 +156,7 @@ def test_policy_may_be_a_preset(
         (["--dtype", "int8"], "'--dtype'"),
         (["--gpu-mem", "lots"], "'--gpu-mem': cannot read 'lots'"),
         (["--pin-weight", "maybe"], "'--pin-weight'"),
-        (["--emulate", "h2d=fast"], "'--emulate': --emulate cannot read h2d=fast"),
+        (["--emulate", "h2d=fast"], "'--emulate': --emulate h2d=fast: cannot read"),
         (["--emulate", "h2d=1GB/s", "--device", "cpu"], "--device is cpu"),
         (["--device", "tpu"], "--device 'tpu' is unknown"),
         (["--temperature", "-0.8"], "temperature must be"),
