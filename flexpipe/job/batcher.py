@@ -125,7 +125,7 @@ class Batcher:
             for row in batch.rows:
                 live = self._live[batch.index, row.place]
                 live.pending = live.pending[row.num_new :]
-            self._places.computed(batch, time.perf_counter())
+            self._places.computed(batch.index, time.perf_counter())
             for token in sampled:
                 where = batch.index, token.row.place
                 entry = self._live[where].request.entry

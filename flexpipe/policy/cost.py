@@ -90,7 +90,7 @@ class CostModel:
     def __init__(self, plan: Plan, profile: Profile, emulation: Emulation | None = None) -> None:
         self.plan = plan
         self.profile = profile
-        self._emulation = emulation
+        self.emulation = emulation
         self._config = plan.config
         self._dtype = plan.compute_dtype
         self._windows = tuple(dict.fromkeys(plan.config.windows or (None,)))
@@ -170,7 +170,7 @@ class CostModel:
         """Bytes over a link; an emulated one takes its own time where that is longer."""
         curve = self.profile.links.get(link)
         work = overhead_s + (curve.seconds(num_bytes, max(size, 1.0)) if curve else 0.0)
-        rate = getattr(self._emulation, f"{link}_bytes_per_s") if self._emulation else None
+        rate = getattr(self.emulation, f"{link}_bytes_per_s") if self.emulation else None
         seconds = max(work, num_bytes / rate) if rate else work
         return Cost(seconds, activity, work / seconds if seconds else 1.0, link, num_bytes)
 
@@ -244,7 +244,7 @@ class CostModel:
             work, flops = self._head_s(op, layer, shape), self._head_flops(layer, shape)
         else:
             work, flops = self._decoder_s(op, layer, shape), self._decoder_flops(op, layer, shape)
-        rate = self._emulation.flops_per_s if self._emulation else None
+        rate = self.emulation.flops_per_s if self.emulation else None
         seconds = max(work, flops / rate) if rate else work
         return Cost(seconds, "compute", work / seconds)
 

@@ -18,11 +18,14 @@ from itertools import pairwise
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from flexpipe.plan.plan import Plan
 from flexpipe.schedule.step import MicroBatch, Row
 
 T = TypeVar("T")
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
 
 
 class Part(NamedTuple):
@@ -62,6 +65,21 @@ class Phases(NamedTuple):
     decoded: int
 
 
+class Counts(NamedTuple):
+    """The parts of a micro-batch's rows in a step, one array each, by ascending place."""
+
+    place: IntArray
+    num_context: IntArray
+    num_new: IntArray
+    sampled: BoolArray
+    decodes: BoolArray
+
+    @property
+    def parts(self) -> Iterator[Part]:
+        columns = (self.place, self.num_context, self.num_new, self.sampled)
+        return map(Part, *(column.tolist() for column in columns))
+
+
 class _Rows:
     """The places of one micro-batch; an array each for what is known of their rows."""
 
@@ -90,76 +108,87 @@ class Places(Generic[T]):
         self._admit = admit
         self._make_row = make_row
         self._rows = [_Rows(mb.num_places) for mb in plan.micro_batches]
-        self._in_flight: dict[int, int] = {}  # micro-batch -> its step
+        self._in_flight: dict[int, tuple[int, Counts]] = {}  # micro-batch -> its step
+
+    @property
+    def is_tail(self) -> bool:
+        """Whether nobody waits for a place any more."""
+        return not self._queue
+
+    @property
+    def is_done(self) -> bool:
+        busy = self._in_flight or self._queue
+        return not busy and not any(rows.taken.any() for rows in self._rows)
 
     def steps(self, index: int) -> Iterator[MicroBatch | None] | None:
         """The micro-batches of step `index` as they become known, None once the job is done."""
         with self.lock:
-            idle = not self._in_flight and not self._queue
-            if idle and not any(rows.taken.any() for rows in self._rows):
+            if self.is_done:
                 return None
-            self.counts.append(StepCount(is_tail=not self._queue))
+            self.counts.append(StepCount(is_tail=self.is_tail))
         return self._step(index)
 
-    def computed(self, batch: MicroBatch, now_s: float) -> None:
+    def computed(self, mb: int, now_s: float) -> None:
         """A micro-batch came back, with `lock` held: its rows have their new tokens behind them."""
-        count, rows = self.counts[self._in_flight.pop(batch.index)], self._rows[batch.index]
-        place = np.fromiter((row.place for row in batch.rows), np.int64, len(batch.rows))
-        num_new = np.fromiter((row.num_new for row in batch.rows), np.int64, len(batch.rows))
-        decoded = int(num_new[rows.decodes[place]].sum())
+        step, parts = self._in_flight.pop(mb)
+        count = self.counts[step]
+        decoded = int(parts.num_new[parts.decodes].sum())
         count.decode_tokens += decoded
-        count.prompt_tokens += int(num_new.sum()) - decoded
-        rows.num_context[place] += num_new
-        rows.num_pending[place] -= num_new
-        count.rows += len(batch.rows)
+        count.prompt_tokens += int(parts.num_new.sum()) - decoded
+        count.rows += len(parts.place)
         count.end_s = now_s
+        self.advance(mb, parts)
 
-    def go_on(self, mb: int, place: int) -> None:
-        """A row got its next token, with `lock` held."""
+    def advance(self, mb: int, parts: Counts) -> None:
+        """The rows of a micro-batch have the tokens of `parts` behind them."""
+        rows = self._rows[mb]
+        rows.num_context[parts.place] += parts.num_new
+        rows.num_pending[parts.place] -= parts.num_new
+
+    def go_on(self, mb: int, place: int | IntArray) -> None:
+        """A row, or some, got their next token, with `lock` held."""
         rows = self._rows[mb]
         rows.decodes[place], rows.num_pending[place] = True, 1
 
-    def leave(self, mb: int, place: int) -> None:
-        """A row has ended, with `lock` held."""
+    def leave(self, mb: int, place: int | IntArray) -> None:
+        """A row has ended, or some have, with `lock` held."""
         self._rows[mb].taken[place] = False
+
+    def form(self, mb: int) -> Counts | None:
+        """What the rows of a micro-batch compute next; None if it has none."""
+        rows = self._rows[mb]
+        if self._queue:
+            self._seat(mb, rows)
+        num_new = np.where(rows.taken, rows.num_pending, 0)
+        decoding = rows.taken & rows.decodes
+        left = self._plan.micro_batches[mb].max_new_tokens - int(np.count_nonzero(decoding))
+        for prompt in np.flatnonzero(rows.taken & ~rows.decodes):
+            num_new[prompt] = min(num_new[prompt], left)
+            left -= int(num_new[prompt])
+        place = np.flatnonzero(num_new)
+        new = num_new[place]
+        whole = new == rows.num_pending[place]
+        made = Counts(place, rows.num_context[place], new, whole, decoding[place])
+        return made if len(place) else None
+
+    def batch(self, mb: int, parts: Counts) -> MicroBatch:
+        """The same as rows of a step."""
+        return MicroBatch(mb, tuple(self._make_row(mb, part) for part in parts.parts))
 
     def _step(self, index: int) -> Iterator[MicroBatch | None]:
         for mb in range(len(self._rows)):
             while True:
                 with self.lock:
                     waiting = mb in self._in_flight
-                    batch = None if waiting else self._form(mb)
-                    if batch is not None:
-                        self._in_flight[mb] = index
+                    parts = None if waiting else self.form(mb)
+                    if parts is not None:
+                        self._in_flight[mb] = index, parts
+                        batch = self.batch(mb, parts)
                 if not waiting:
                     break
                 yield None
-            if batch is not None:
+            if parts is not None:
                 yield batch
-
-    def _form(self, mb: int) -> MicroBatch | None:
-        """The rows of a micro-batch's next step; None if it has none."""
-        rows = self._rows[mb]
-        if self._queue:
-            self._seat(mb, rows)
-        num_new = np.where(rows.taken, rows.num_pending, 0)
-        prompts = np.flatnonzero(rows.taken & ~rows.decodes)
-        left = self._plan.micro_batches[mb].max_new_tokens
-        left -= int(np.count_nonzero(rows.taken & rows.decodes))
-        for place in prompts:
-            num_new[place] = min(num_new[place], left)
-            left -= int(num_new[place])
-        at_work = np.flatnonzero(num_new)
-        whole = num_new == rows.num_pending
-        parts = map(
-            Part,
-            at_work.tolist(),
-            rows.num_context[at_work].tolist(),
-            num_new[at_work].tolist(),
-            whole[at_work].tolist(),
-        )
-        made = tuple(self._make_row(mb, part) for part in parts)
-        return MicroBatch(mb, made) if made else None
 
     def _seat(self, mb: int, rows: _Rows) -> None:
         for place in np.flatnonzero(~rows.taken).tolist():

@@ -52,9 +52,11 @@ class SimulatedSpan:
 
 @dataclass(slots=True)
 class Simulated:
-    """What a schedule came to."""
+    """What a schedule came to. `work_s` is what each lane's ops, and each link's, would take alone:
+    no schedule is faster than the largest of them."""
 
     seconds: float = 0.0
+    work_s: dict[Lane | str, float] = field(default_factory=lambda: defaultdict(float))
     num_ops: dict[Lane, int] = field(default_factory=lambda: defaultdict(int))
     busy_s: dict[Lane, float] = field(default_factory=lambda: defaultdict(float))
     link_bytes: dict[str, int] = field(default_factory=lambda: defaultdict(int))
@@ -215,9 +217,11 @@ class _Simulation:
         took_s = self._now_s - one.start_s
         made.num_ops[LANE_OF[op.kind]] += 1
         made.busy_s[LANE_OF[op.kind]] += took_s
+        made.work_s[LANE_OF[op.kind]] += cost.seconds
         if cost.link:
             made.link_bytes[cost.link] += cost.num_bytes
             made.link_busy_s[cost.link] += took_s
+            made.work_s[cost.link] += cost.seconds
         if self._keep_spans:
             made.spans.append(SimulatedSpan(op, one.start_s, self._now_s))
         if op.kind == Kind.COMMIT:
