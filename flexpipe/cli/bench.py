@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from flexpipe.cli.options import Command, machine_options, model_options, policy_options
-from flexpipe.job.bench import FORMATS, Format, Workload, measure
+from flexpipe.job.bench import FORMATS, Format, Workload, block_rows, measure
 from flexpipe.job.spec import JobSpec
-from flexpipe.plan.policy import Policy
 
 _DEFAULTS = {name: item.default for name, item in Workload.__dataclass_fields__.items()}
 
@@ -64,7 +63,7 @@ def bench(
     if as_json and format not in (None, "json"):
         raise click.UsageError(f"--json asks for JSON and --format for {format}; drop one of them")
     workload = Workload(
-        num_prompts=num_prompts or _block(options["given"]),
+        num_prompts=num_prompts or block_rows(options["given"]),
         prompt_len=prompt_len,
         gen_len=gen_len,
         warmup=warmup,
@@ -78,10 +77,3 @@ def bench(
         )
         report = measure(spec, workload)
     print(report.render("json" if as_json else format or "md"))
-
-
-def _block(given: Mapping[str, Any]) -> int:
-    """Rows of one block; what is not given counts as the policy's default."""
-    shape = {key: given[key] for key in ("micro_batch_size", "num_micro_batches") if key in given}
-    policy = Policy(**shape)
-    return policy.micro_batch_size * policy.num_micro_batches
