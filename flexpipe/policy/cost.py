@@ -39,6 +39,7 @@ from flexpipe.schedule.simulate import Cost
 from flexpipe.schedule.step import MicroBatch, Row
 
 IN_FLIGHT = 8  # scattered reads and writes of one op at a time
+FETCHED_BYTES = 8 + 1  # of a sampled row: its token, and whether its logits were finite
 # numbers that go through a norm's worth of work, relative to one of the hidden's
 _ROPE, _APPEND, _GATE, _LOOKUP = 1.0, 0.4, 0.5, 0.3
 # how a layer's fixed cost falls on its segments
@@ -183,11 +184,12 @@ class CostModel:
         return self._move("h2d", layout.num_bytes, 1 + bool(layout.extents and layout.pack_bytes))
 
     def _read_embed(self, op: Op) -> Cost:
+        """Every token as if it were the micro-batch's only one like it; the engine reads equal ones
+        once."""
         num_bytes = self._shape(op).num_new * self.plan.embedding.row_bytes
         if self.plan.embed_home == Tier.DISK:
             return self._disk("disk_read", num_bytes, self._shape(op).num_new)
-        copied = self._host_copy(num_bytes)
-        return Cost(self.profile.overhead("move") + copied, "copy", link="disk_read")
+        return Cost(self.profile.overhead("move") + self._host_copy(num_bytes), "copy")
 
     def _host_copy(self, num_bytes: int) -> float:
         """Seconds to copy bytes within host memory, as good as is known."""
@@ -301,7 +303,9 @@ class CostModel:
         return Cost(self.profile.overhead("other") + logits / rate, "compute")
 
     def _fetch(self, op: Op) -> Cost:
-        return Cost(self.profile.overhead("move"), "copy", link="")
+        if self.plan.streams_to_device:
+            return self._move("d2h", self._shape(op).num_sampled * FETCHED_BYTES)
+        return Cost(self.profile.overhead("move"), "copy")
 
     def _commit(self, op: Op) -> Cost:
         rows = self._shape(op).num_rows

@@ -24,11 +24,13 @@ from flexpipe.plan.tier import Tier
 from flexpipe.policy.cost import CostModel
 from flexpipe.policy.profile import Profile
 from flexpipe.schedule.build import schedule
+from flexpipe.schedule.op import Op
 from flexpipe.schedule.places import Counts, IntArray, Part, Places, phases
 from flexpipe.schedule.simulate import Simulated, SimulatedSpan, simulate
 from flexpipe.schedule.step import MicroBatch, Row
 
 EXACT_OPS = 20_000  # a job of so many is simulated whole
+DRAWN_OPS = 5_000  # a timeline of more is hard to read
 SAMPLED_OPS = 20_000  # of the steps that stand for a longer one
 MOST_SAMPLES = 12
 FULL_BLOCKS = 4  # a job of more blocks than this is counted with every so manieth request
@@ -68,6 +70,11 @@ class Prediction:
         return self.load_s + self.run_s
 
     @property
+    def bound_share(self) -> float:
+        """How near the bound the run comes, 1 at best."""
+        return self.bound_s / self.run_s if self.run_s else 0.0
+
+    @property
     def generated_tokens_per_s(self) -> float:
         """All generated tokens over prefill and decode, as reports count it."""
         return self.generated_tokens / self.run_s if self.run_s else 0.0
@@ -79,28 +86,47 @@ def predict(
     profile: Profile,
     emulation: Emulation | None = None,
     *,
+    order: Sequence[int] | None = None,
     exact_ops: int = EXACT_OPS,
     keep_spans: bool = False,
 ) -> Prediction:
-    """Play `needs` under `plan`; jobs of more than `exact_ops` ops are extrapolated."""
+    """Play `needs` under `plan`; jobs of more than `exact_ops` ops are extrapolated.
+
+    Requests take places in `order`, the longest first if none is given.
+    """
     costs = CostModel(plan, profile, emulation)
-    rehearsal = _Rehearsal.of(plan, needs)
+    queue = _queue(needs, order)
+    rehearsal = _Rehearsal.of(plan, queue)
     num_ops = _count_ops(plan, rehearsal)
     if num_ops <= exact_ops:
-        return _whole(plan, needs, costs, keep_spans)
-    return _extrapolated(plan, needs, costs, rehearsal)
+        return _whole(plan, queue, costs, keep_spans)
+    return _extrapolated(plan, queue, costs, rehearsal)
+
+
+def _queue(needs: Sequence[Need], order: Sequence[int] | None = None) -> list[Need]:
+    return [needs[index] for index in (longest_first(needs) if order is None else order)]
+
+
+def first_spans(
+    plan: Plan,
+    needs: Sequence[Need],
+    profile: Profile,
+    emulation: Emulation | None = None,
+    *,
+    num_steps: int | None = None,
+) -> list[SimulatedSpan]:
+    """What runs when in a job's first steps; without their number, in those that begin with the
+    first `DRAWN_OPS` ops."""
+    costs = CostModel(plan, profile, emulation)
+    player = _Player(plan, _queue(needs))
+    opening = _Opening(player.places, num_steps)
+    ops = opening.counted(schedule(plan, opening.steps))
+    return _play(ops, player, costs, keep_spans=True).spans
 
 
 def _whole(plan: Plan, needs: Sequence[Need], costs: CostModel, keep_spans: bool) -> Prediction:
     player = _Player(plan, needs)
-    made = simulate(
-        schedule(plan, player.places.steps),
-        costs,
-        slowdown=costs.profile.slowdown,
-        hop_s=costs.profile.overhead("hop"),
-        on_commit=player.commit,
-        keep_spans=keep_spans,
-    )
+    made = _play(schedule(plan, player.places.steps), player, costs, keep_spans)
     took = phases(player.places.counts, 0.0)
     return _prediction(
         costs,
@@ -114,12 +140,24 @@ def _whole(plan: Plan, needs: Sequence[Need], costs: CostModel, keep_spans: bool
     )
 
 
+def _play(
+    ops: Iterator[Op | None], player: _Player, costs: CostModel, keep_spans: bool
+) -> Simulated:
+    return simulate(
+        ops,
+        costs,
+        slowdown=costs.profile.slowdown,
+        hop_s=costs.profile.overhead("hop"),
+        on_commit=player.commit,
+        keep_spans=keep_spans,
+    )
+
+
 class _Player:
     """Answers a simulation as the job would."""
 
     def __init__(self, plan: Plan, needs: Sequence[Need]) -> None:
-        queue = (needs[index] for index in longest_first(needs))
-        self.places: Places[Need] = Places(plan, queue, self._seat, _row)
+        self.places: Places[Need] = Places(plan, needs, self._seat, _row)
         self.latencies_s: list[float] = []
         self._left: dict[tuple[int, int], int] = {}
         self._since_s: dict[tuple[int, int], float] = {}
@@ -144,6 +182,31 @@ class _Player:
         return need.prompt
 
 
+class _Opening:
+    """A job's steps up to some number, or while there are few ops; these are played to their
+    end."""
+
+    def __init__(self, places: Places[Need], num_steps: int | None) -> None:
+        self._places = places
+        self._num_steps = num_steps
+        self._num_ops = 0
+
+    def counted(self, ops: Iterator[Op | None]) -> Iterator[Op | None]:
+        for op in ops:
+            self._num_ops += op is not None
+            yield op
+
+    def steps(self, index: int) -> Iterator[MicroBatch | None] | None:
+        few = self._num_ops < DRAWN_OPS if self._num_steps is None else index < self._num_steps
+        if few:
+            return self._places.steps(index)
+        return self._rest() if self._places.is_busy else None
+
+    def _rest(self) -> Iterator[None]:
+        while self._places.is_busy:
+            yield None
+
+
 def _row(mb: int, part: Part) -> Row:
     return Row(0, part.place, part.num_context, range(part.num_new), part.sampled)
 
@@ -165,8 +228,7 @@ class _Rehearsal:
         leave and others wait, stand for so many more as make the tokens right."""
         num_places = sum(mb.num_places for mb in plan.micro_batches)
         every = max(1, len(needs) // (FULL_BLOCKS * num_places))
-        order = longest_first(needs)[::every]
-        made = _Rehearse(plan, [needs[index] for index in order]).run()
+        made = _Rehearse(plan, needs[::every]).run()
         made._stretch(sum(need.output for need in needs))
         return made
 
