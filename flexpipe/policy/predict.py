@@ -135,7 +135,7 @@ def _whole(plan: Plan, needs: Sequence[Need], costs: CostModel, keep_spans: bool
         prefill_s=took.prefill_s,
         decode_s=took.decode_s,
         latency_s=float(np.mean(player.latencies_s)),
-        num_steps=len(player.places.counts),
+        num_steps=sum(count.rows > 0 for count in player.places.counts),
         spans=made.spans,
     )
 
@@ -197,10 +197,14 @@ class _Opening:
             yield op
 
     def steps(self, index: int) -> Iterator[MicroBatch | None] | None:
-        few = self._num_ops < DRAWN_OPS if self._num_steps is None else index < self._num_steps
-        if few:
+        if index == 0 or self._goes_on(index):
             return self._places.steps(index)
         return self._rest() if self._places.is_busy else None
+
+    def _goes_on(self, index: int) -> bool:
+        if self._num_steps is None:
+            return self._num_ops < DRAWN_OPS
+        return index < self._num_steps
 
     def _rest(self) -> Iterator[None]:
         while self._places.is_busy:
