@@ -1,8 +1,8 @@
-"""A table that reads well as it is and as Markdown."""
+"""Tables for people: as text, or as Markdown that reads well as it is."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -19,3 +19,21 @@ def _padded(row: Sequence[str], widths: Sequence[int]) -> str:
     cells = [first.ljust(widths[0])]
     cells += [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
     return f"| {' | '.join(cells)} |"
+
+
+def plain_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell, names to the left, figures to the right; without rows
+    nothing."""
+    body = [tuple(row) for row in rows]
+    if not body:
+        return ""
+    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+    return "\n".join(_line(row, widths) for row in (head, *body))
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    first, *rest = (
+        cell.rjust(width) if index else cell.ljust(width)
+        for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    )
+    return "  ".join(["  " + first, *rest]).rstrip()
