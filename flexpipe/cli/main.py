@@ -21,6 +21,7 @@ from flexpipe import __version__
 from flexpipe.cli.bench import bench
 from flexpipe.cli.demo import demo
 from flexpipe.cli.run import run
+from flexpipe.cli.simulate import simulate
 from flexpipe.errors import FlexpipeError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -42,6 +43,7 @@ def cli(debug: bool) -> None:
 cli.add_command(run)
 cli.add_command(demo)
 cli.add_command(bench)
+cli.add_command(simulate)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
