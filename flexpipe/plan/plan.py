@@ -491,6 +491,14 @@ class Planner:
         self._layers: dict[object, tuple[LayerPlan, ...]] = {}
         self._blocks: dict[object, tuple[MicroBatchPlan, ...]] = {}
 
+    @property
+    def config(self) -> ModelConfig:
+        return self._config
+
+    @property
+    def compute_dtype(self) -> str:
+        return self._compute_dtype
+
     def __call__(self, policy: Policy) -> Plan:
         """The plan for `policy`; raises PolicyError where a share cannot be met."""
         return Plan(
