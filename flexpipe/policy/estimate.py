@@ -10,8 +10,8 @@ perfectly, and it is linear in the shares, which is what a linear programme want
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 from flexpipe.model.cost import num_attended
 from flexpipe.plan.block import KV_PAGE, Need
@@ -20,9 +20,40 @@ from flexpipe.plan.plan import Plan
 from flexpipe.plan.tier import Tier
 from flexpipe.policy.cost import Attention, CostModel, Shape
 from flexpipe.schedule.op import Kind, Op, Segment
+from flexpipe.schedule.simulate import Cost
 from flexpipe.schedule.step import MicroBatch
 
-Work = Mapping[str, float]  # seconds by lane or link
+
+@dataclass(slots=True)
+class Work:
+    """Seconds that lanes and links are busy, and bytes over links, by name."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    num_bytes: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def add(self, lane: str, cost: Cost, times: float) -> None:
+        self.seconds[lane] += cost.seconds * times
+        if cost.link:
+            self.seconds[cost.link] += cost.seconds * times
+            self.num_bytes[cost.link] += cost.num_bytes * times
+
+    def add_all(self, other: Work, times: float) -> None:
+        for mine, theirs in (
+            (self.seconds, other.seconds),
+            (self.num_bytes, other.num_bytes),
+        ):
+            for name, value in theirs.items():
+                mine[name] += value * times
+
+    @property
+    def bound_s(self) -> float:
+        """No schedule is faster."""
+        return max(self.seconds.values())
+
+    @property
+    def bottleneck(self) -> str:
+        """Whose work that is."""
+        return max(self.seconds, key=lambda name: self.seconds[name])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,20 +105,24 @@ def phases_of(plan: Plan, demand: Demand) -> tuple[Phase, ...]:
 def work_of(costs: CostModel, phase: Phase, demand: Demand) -> Work:
     """Seconds that one step of `phase` keeps each lane and link busy, under a plan whose tensors of
     a kind all rest on one tier."""
-    plan, work = costs.plan, defaultdict[str, float](float)
-    count = len(plan.micro_batches)
     batch = MicroBatch(0, ())
-    costs.know(batch, _shape(plan, phase, demand))
-    decoders = [layer for layer in plan.layers if layer.layer is not None]
-    halves = 1 + plan.policy.separate_layers
-    for layer in (*decoders[:halves], *(one for one in plan.layers if one.layer is None)):
-        times = len(decoders) / halves if layer.layer is not None else 1.0
-        for op, per_step in _ops(plan, layer, batch, phase):
-            cost = costs(op)
-            seconds = cost.seconds * times * (1 if per_step else count)
-            work[op.lane.value] += seconds
-            if cost.link:
-                work[cost.link] += seconds
+    costs.know(batch, _shape(costs.plan, phase, demand))
+    return step_work(costs, [batch], times=len(costs.plan.micro_batches))
+
+
+def step_work(costs: CostModel, batches: Sequence[MicroBatch], times: int = 1) -> Work:
+    """Seconds that a step keeps each lane and link busy; every micro-batch counts `times`."""
+    plan, work, alike = costs.plan, Work(), costs.alike
+    for layer in plan.layers:
+        for kind in _weight_kinds(plan, layer):
+            op = Op(0, kind, 0, layer.position, None, ())
+            work.add(op.lane.value, costs(op), 1)
+    for batch in batches:
+        shape = costs.shape(batch)
+        for layer, count in alike:
+            for kind, segment in _kinds(plan, layer, batch, shape):
+                op = Op(0, kind, 0, layer.position, batch, (), segment=segment)
+                work.add(op.lane.value, costs(op), count * times)
     return work
 
 
@@ -132,67 +167,68 @@ def _shape(plan: Plan, phase: Phase, demand: Demand) -> Shape:
     )
 
 
-def _ops(
-    plan: Plan, layer: LayerPlan, batch: MicroBatch, phase: Phase
-) -> Iterator[tuple[Op, bool]]:
-    """Ops of a layer for one micro-batch, and whether they come once per step instead."""
+def _weight_kinds(plan: Plan, layer: LayerPlan) -> Iterator[Kind]:
+    if layer.is_streamed and (layer.reads_disk or not plan.streams_to_device):
+        yield Kind.READ_WEIGHT
+    if layer.is_streamed and plan.streams_to_device:
+        yield Kind.LOAD_WEIGHT
 
-    def op(kind: Kind, segment: Segment | None = None) -> tuple[Op, bool]:
-        return Op(0, kind, 0, layer.position, batch, (), segment=segment), False
 
-    if layer.is_streamed:
-        yield from _weight_ops(plan, layer)
+def _kinds(
+    plan: Plan, layer: LayerPlan, batch: MicroBatch, shape: Shape
+) -> Iterator[tuple[Kind, Segment | None]]:
+    """Ops of a layer for a micro-batch, as `flexpipe.schedule.build` makes them."""
+    if layer.kind == LayerKind.HEAD and not shape.num_sampled:
+        if layer is plan.layers[-1]:
+            yield Kind.COMMIT, None
+        return
     if layer.kind == LayerKind.EMBED and plan.embed_streams:
-        yield op(Kind.READ_EMBED)
+        yield Kind.READ_EMBED, None
         if plan.streams_to_device:
-            yield op(Kind.LOAD_EMBED)
-    if layer.layer is not None:
-        yield from (op(kind) for kind in _hidden_kinds(plan))
+            yield Kind.LOAD_EMBED, None
+    for kind in _hidden_kinds(plan, layer, batch):
+        yield kind, None
+    apart = layer.has_kv_cache and shape.num_on_cpu > 0
     if layer.has_kv_cache:
-        yield from (op(kind) for kind in _cache_kinds(plan, phase))
-        if plan.attends_on_cpu and phase.decoding:
-            for kind in (Kind.MOVE_QUERY, Kind.ATTEND_CPU, Kind.MOVE_OUTPUT):
-                yield op(kind)
-            yield op(Kind.COMPUTE, Segment.QKV)
-            if phase.prompt_tokens:
-                yield op(Kind.COMPUTE, Segment.ATTEND)
-            yield op(Kind.COMPUTE, Segment.OUT)
-            return
-    yield op(Kind.COMPUTE)
+        for kind in _cache_kinds(plan, shape):
+            yield kind, None
+    if apart:
+        for kind in (Kind.MOVE_QUERY, Kind.ATTEND_CPU, Kind.MOVE_OUTPUT):
+            yield kind, None
+        yield Kind.COMPUTE, Segment.QKV
+        if any(shape.here.values()):
+            yield Kind.COMPUTE, Segment.ATTEND
+        yield Kind.COMPUTE, Segment.OUT
+    else:
+        yield Kind.COMPUTE, None
     if layer is plan.layers[-1]:
         for kind in (Kind.SAMPLE, Kind.FETCH_TOKENS, Kind.COMMIT):
-            yield op(kind)
+            yield kind, None
 
 
-def _weight_ops(plan: Plan, layer: LayerPlan) -> Iterator[tuple[Op, bool]]:
-    if layer.reads_disk:
-        yield Op(0, Kind.READ_WEIGHT, 0, layer.position, None, ()), True
-    if plan.streams_to_device:
-        yield Op(0, Kind.LOAD_WEIGHT, 0, layer.position, None, ()), True
-
-
-def _hidden_kinds(plan: Plan) -> tuple[Kind, ...]:
-    home = plan.micro_batches[0].hidden_home
-    if home == plan.device_tier:
-        return ()
-    disk = (Kind.READ_HIDDEN, Kind.WRITE_HIDDEN) if home == Tier.DISK else ()
-    links = (Kind.LOAD_HIDDEN, Kind.STORE_HIDDEN) if plan.streams_to_device else ()
-    return *disk, *links
-
-
-def _cache_kinds(plan: Plan, phase: Phase) -> Iterator[Kind]:
-    """Moves of the KV cache of rows that attend on the device."""
-    home, away = plan.micro_batches[0].kv_homes[0], plan.attends_on_cpu
+def _hidden_kinds(plan: Plan, layer: LayerPlan, batch: MicroBatch) -> Iterator[Kind]:
+    home = plan.micro_batches[batch.index].hidden_home
     if home == plan.device_tier:
         return
-    decodes = bool(phase.decoding) and not away
-    if decodes:
+    if layer.takes_hidden:
         if home == Tier.DISK:
-            yield Kind.READ_CACHE
+            yield Kind.READ_HIDDEN
         if plan.streams_to_device:
-            yield Kind.LOAD_CACHE
-    if decodes or phase.prompt_tokens:
+            yield Kind.LOAD_HIDDEN
+    if layer.leaves_hidden:
         if plan.streams_to_device:
-            yield Kind.STORE_CACHE
+            yield Kind.STORE_HIDDEN
         if home == Tier.DISK:
-            yield Kind.WRITE_CACHE
+            yield Kind.WRITE_HIDDEN
+
+
+def _cache_kinds(plan: Plan, shape: Shape) -> Iterator[Kind]:
+    """Moves of the KV cache of rows that attend on the device."""
+    if shape.read_extents:
+        yield Kind.READ_CACHE
+    if plan.streams_to_device and shape.load_rows:
+        yield Kind.LOAD_CACHE
+    if plan.streams_to_device and shape.store_rows:
+        yield Kind.STORE_CACHE
+    if shape.write_extents:
+        yield Kind.WRITE_CACHE

@@ -27,7 +27,7 @@ from flexpipe.plan.policy import Policy, Shares
 from flexpipe.plan.rule import choose_plan
 from flexpipe.plan.tier import Tier
 from flexpipe.policy.estimate import Demand
-from flexpipe.policy.predict import Prediction, predict
+from flexpipe.policy.predict import QUICK, Prediction, predict
 from flexpipe.policy.shares import (
     Machine,
     MakePlan,
@@ -45,7 +45,6 @@ TOKENS = 2048
 OTHER_TOKENS = (128, 512, 8192)  # tried for the best choices only
 MOST_REPLAYS = 6
 MOST_REFINED = 2
-REPLAY_OPS = 3000  # longer jobs are extrapolated while they are compared
 _OPTIMISM = 1.05  # an estimate may be this much too high and yet belong to the best plan
 _FILL_STEPS = 5
 _COMPRESSIONS = ("none", "8", "4")
@@ -150,6 +149,7 @@ class _Search:
         self._scored: dict[Policy, Scored | None] = {}
         self._refused: list[tuple[Scored, str]] = []
         self._num_choices = 0
+        self._estimate_s: float | None = None  # of the best plan's choice
 
     def run(self, explain: bool) -> Found:
         choices = self._estimated(self._knobs())
@@ -235,7 +235,7 @@ class _Search:
             if any(kind in fixed and (fixed[kind] != device) != moves for kind, moves in pairs):
                 continue
             if knobs["cpu_attention"] and not kv_travels:
-                continue
+                continue  # the same as without
             try:
                 solution = programme.solve(weights_travel=weights_travel, kv_travels=kv_travels)
             except PolicyError:  # no whole tensor meets a given share, or the profile lacks a rate
@@ -274,7 +274,7 @@ class _Search:
                 self._needs,
                 self._machine.profile,
                 self._machine.emulation,
-                exact_ops=REPLAY_OPS,
+                effort=QUICK,
             )
             scored = Scored(plan=plan, prediction=prediction, what=what)
             refusal = self._limits.refusal(prediction)
@@ -344,10 +344,7 @@ class _Search:
                 choices = sorted(
                     self._solved(knobs, self._fixed), key=lambda choice: choice.solution.seconds
                 )
-                for choice in choices[:1]:
-                    improved = self._better(best, self._play(choice))
-                    assert improved is not None
-                    best = improved
+                best = self._replayed(choices[:1], best) or best
             if best is before:
                 break
         return best
@@ -459,9 +456,10 @@ class _Search:
     ) -> float:
         """Estimated throughput over the estimate of the best plan's own choice."""
         knobs = _without_shares(best.plan.policy)
-        before = self._quickest(self._planner, self._machine, knobs)
+        if self._estimate_s is None:
+            self._estimate_s = self._quickest(self._planner, self._machine, knobs)
         after = self._quickest(make, machine, {**knobs, **(change or {})})
-        return before / after if before and after else 1.0
+        return self._estimate_s / after if self._estimate_s and after else 1.0
 
     def _quickest(self, make: MakePlan, machine: Machine, knobs: Mapping[str, Any]) -> float | None:
         programme = SharesProgramme(make, machine, self._demand, knobs, self._fixed)

@@ -98,12 +98,12 @@ class SharesProgramme:
         base = self._pure(device, device).works
         rows, limits = self._memory_rows(budgets)
         for index in range(len(self._phases)):
-            names = sorted({name for one in (*works, *kv_works) for name in one[index]})
+            names = sorted({name for one in (*works, *kv_works) for name in one[index].seconds})
             for name in names:
-                zero = base[index].get(name, 0.0)
+                zero = base[index].seconds.get(name, 0.0)
                 row = np.zeros(2 * num + len(self._phases))
-                row[:num] = [one[index].get(name, 0.0) - zero for one in works]
-                row[num : 2 * num] = [one[index].get(name, 0.0) - zero for one in kv_works]
+                row[:num] = [one[index].seconds.get(name, 0.0) - zero for one in works]
+                row[num : 2 * num] = [one[index].seconds.get(name, 0.0) - zero for one in kv_works]
                 row[2 * num + index] = -1.0
                 rows.append(row)
                 limits.append(-zero)
