@@ -21,6 +21,7 @@ from flexpipe import __version__
 from flexpipe.cli.bench import bench
 from flexpipe.cli.demo import demo
 from flexpipe.cli.run import run
+from flexpipe.cli.sweep import sweep
 from flexpipe.errors import FlexpipeError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -42,6 +43,7 @@ def cli(debug: bool) -> None:
 cli.add_command(run)
 cli.add_command(demo)
 cli.add_command(bench)
+cli.add_command(sweep)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -101,7 +103,7 @@ class _Lines(logging.Handler):
 
 def _go_on(arguments: Sequence[str]) -> str:
     """How to resume: the same command, which keeps what is there."""
-    if not arguments or arguments[0] != "run":
+    if not arguments or arguments[0] not in ("run", "sweep"):
         return ""
     again = shlex.join(["flexpipe", *(word for word in arguments if word != "--overwrite")])
     return f"; what is done is kept, go on with: {again}"
