@@ -20,6 +20,7 @@ import click
 from flexpipe import __version__
 from flexpipe.cli.bench import bench
 from flexpipe.cli.demo import demo
+from flexpipe.cli.doctor import doctor
 from flexpipe.cli.run import run
 from flexpipe.cli.sweep import sweep
 from flexpipe.errors import FlexpipeError
@@ -44,6 +45,7 @@ cli.add_command(run)
 cli.add_command(demo)
 cli.add_command(bench)
 cli.add_command(sweep)
+cli.add_command(doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -35,7 +35,7 @@ def raising(error: BaseException) -> Callable[[object], None]:
     return act
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["demo"], ["sweep"]])
+@pytest.mark.parametrize("command", [[], ["run"], ["demo"], ["sweep"], ["doctor"]])
 def test_help_imports_neither_torch_nor_transformers(command: list[str], tmp_path: Path) -> None:
     program = (
         "import sys\nfrom flexpipe.cli.main import main\n"
