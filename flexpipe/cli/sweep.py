@@ -102,7 +102,7 @@ def sweep(
       --vary gen_len=32:256:*2         in steps that double: 32, 64, 128, 256
       --vary cpu_mem=2GiB,4GiB,none    sizes; none takes what is free
       --vary pin_weights=true,false    switches
-      --vary prompt_len=128,1:4        also gen_len and num_prompts; lists of ranges
+      --vary prompt_len=128,256:512:64 also gen_len, num_prompts; ranges in lists
     \b
     Shares of weights, kv_cache and hidden:
       --vary weights.gpu=0:1:0.25      one tier's; the rest is on the next

@@ -27,6 +27,7 @@ class Ledger(Closing):
     def __init__(self, path: Path) -> None:
         """Open or make the file. An InputError if it is no ledger or another process has it."""
         self.path = path
+        self._is_mine = False
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         except OSError as error:
@@ -58,18 +59,25 @@ class Ledger(Closing):
         self.lines[key] = json.loads(data)
 
     def close(self) -> None:
+        """Let go of the file; one that holds nothing is removed."""
         fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        if fd < 0:
+            return
+        with contextlib.suppress(OSError):
+            if self._is_mine and os.fstat(fd).st_size == 0:
+                self.path.unlink()
+        os.close(fd)
 
     def _lock(self) -> None:
-        try:
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            # its owner may have removed it before we had the lock
+            self._is_mine = os.path.samestat(os.fstat(self._fd), self.path.stat())
+        if not self._is_mine:
             raise InputError(
                 f"another sweep is writing to {self.path}; wait until it has ended, or name "
                 "another --output-file"
-            ) from None
+            )
 
 
 def read_ledger(path: Path) -> tuple[dict[str, dict[str, Any]], int]:

@@ -64,6 +64,14 @@ def test_two_sweeps_cannot_write_one_file(path: Path) -> None:
     Ledger(path).close()
 
 
+def test_a_file_without_lines_is_not_left_behind(path: Path) -> None:
+    with Ledger(path):
+        with pytest.raises(InputError, match="another sweep is writing"):
+            Ledger(path)
+        assert path.is_file()
+    assert not path.exists()
+
+
 def test_a_line_that_the_disk_does_not_take_is_taken_back(path: Path) -> None:
     with Ledger(path) as ledger:
         ledger.write("a", {})
