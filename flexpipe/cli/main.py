@@ -20,7 +20,9 @@ import click
 from flexpipe import __version__
 from flexpipe.cli.bench import bench
 from flexpipe.cli.demo import demo
+from flexpipe.cli.doctor import doctor
 from flexpipe.cli.run import run
+from flexpipe.cli.sweep import sweep
 from flexpipe.errors import FlexpipeError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -42,6 +44,8 @@ def cli(debug: bool) -> None:
 cli.add_command(run)
 cli.add_command(demo)
 cli.add_command(bench)
+cli.add_command(sweep)
+cli.add_command(doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -101,7 +105,7 @@ class _Lines(logging.Handler):
 
 def _go_on(arguments: Sequence[str]) -> str:
     """How to resume: the same command, which keeps what is there."""
-    if not arguments or arguments[0] != "run":
+    if not arguments or arguments[0] not in ("run", "sweep"):
         return ""
     again = shlex.join(["flexpipe", *(word for word in arguments if word != "--overwrite")])
     return f"; what is done is kept, go on with: {again}"

@@ -25,6 +25,8 @@ from flexpipe import __version__
 from flexpipe.errors import InputError, RunError
 from flexpipe.job.report import Report
 from flexpipe.job.spec import JobSpec
+from flexpipe.job.table import markdown_table
+from flexpipe.plan.policy import Policy
 from flexpipe.units import format_bytes
 
 if TYPE_CHECKING:
@@ -178,8 +180,8 @@ class BenchReport:
             f"prompts of {load.prompt_len} random tokens (seed {self.seed}), {load.gen_len} tokens "
             f"generated for each, EOS ignored; {load.warmup} warm-up, "
             f"{load.repetitions} repetitions.",
-            f"`{_options(self.policy)}`",
-            _table(["repetition", *map(_head, shown)], rows),
+            f"`{as_options(self.policy)}`",
+            markdown_table(["repetition", *map(_head, shown)], rows),
             f"Output tokens, the same in all runs: sha256 `{self.output_sha256}`",
             *(f"Note: {note}" for note in self.notes),
         ]
@@ -331,7 +333,14 @@ def _notes(reports: Sequence[Report]) -> list[str]:
     return notes
 
 
-def _options(policy: Mapping[str, Any]) -> str:
+def block_rows(given: Mapping[str, Any]) -> int:
+    """Rows of one block; what is not given counts as the policy's default."""
+    shape = {key: given[key] for key in ("micro_batch_size", "num_micro_batches") if key in given}
+    policy = Policy(**shape)
+    return policy.micro_batch_size * policy.num_micro_batches
+
+
+def as_options(policy: Mapping[str, Any]) -> str:
     """The policy as the options that ask for it again."""
     kinds = ("weights", "kv_cache", "hidden")
     percent = (f"{100 * policy[kind][tier]:g}" for kind in kinds for tier in ("gpu", "cpu"))
@@ -354,19 +363,3 @@ def _cell(name: str, run: Figures) -> str:
     if name.endswith("_bytes"):
         return format_bytes(value)
     return f"{value:.1f}" if name.endswith("_per_s") else f"{value:.2f}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table that reads well as it is and as Markdown."""
-    columns = list(zip(head, *rows, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    rule = ["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    lines = [_padded(row, widths) for row in (head, rule, *rows)]
-    return "\n".join(lines)
-
-
-def _padded(row: Sequence[str], widths: Sequence[int]) -> str:
-    first, *rest = row
-    cells = [first.ljust(widths[0])]
-    cells += [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
-    return f"| {' | '.join(cells)} |"
