@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import NamedTuple
 
-from flexpipe.job.batcher import Batcher, StepCount
+from flexpipe.job.batcher import Batcher
 from flexpipe.job.report import LaneUse, LinkUse, Report, ShareUse, TierUse
 from flexpipe.plan.hardware import peak_rss_bytes
 from flexpipe.plan.plan import Plan
@@ -16,6 +14,7 @@ from flexpipe.runtime.device import Device
 from flexpipe.runtime.record import Recorder
 from flexpipe.runtime.stage import Stage
 from flexpipe.schedule.op import Kind, Lane
+from flexpipe.schedule.places import StepCount, phases, tail
 from flexpipe.units import format_bytes
 
 BOUND_SHARE = 0.5  # of the time; a lane less busy than that bounds nothing
@@ -37,14 +36,6 @@ class Measured:
     run_s: float
     physical_read_bytes: int | None
     disk_bytes: int
-
-
-class Tail(NamedTuple):
-    """The end of a run, when nobody waited for a place any more."""
-
-    seconds: float = 0.0
-    num_steps: int = 0
-    bound_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -69,8 +60,7 @@ def report(
     measured: Measured,
 ) -> Report:
     """The figures of a finished run."""
-    prefill_s, decode_s, decoded = _phases(batcher.counts, measured.began)
-    tail = _tail(batcher.counts)
+    took, drain = phases(batcher.counts, measured.began), tail(batcher.counts)
     return Report(
         model=model,
         device=device.name,
@@ -81,17 +71,17 @@ def report(
         num_finished=tally.num_finished,
         num_failed=tally.num_failed,
         load_s=measured.load_s,
-        prefill_s=prefill_s,
-        decode_s=decode_s,
+        prefill_s=took.prefill_s,
+        decode_s=took.decode_s,
         total_s=measured.load_s + measured.run_s,
-        tail_s=tail.seconds,
-        tail_steps=tail.num_steps,
-        tail_bound_s=tail.bound_s,
+        tail_s=drain.seconds,
+        tail_steps=drain.num_steps,
+        tail_bound_s=drain.bound_s,
         useful_rows=_useful_rows(batcher.counts, plan),
         useful_tokens=_useful_tokens(batcher),
         prompt_tokens=sum(count.prompt_tokens for count in batcher.counts),
         generated_tokens=tally.num_tokens,
-        decode_step_tokens=decoded,
+        decode_step_tokens=took.decoded,
         links=_links(device, recorder),
         lanes=_lanes(recorder, measured.run_s),
         tiers=_tiers(plan, stage, measured.disk_bytes),
@@ -100,17 +90,6 @@ def report(
         notes=_notes(device, stage, measured),
         bottleneck=_bottleneck(device, recorder, measured),
     )
-
-
-def _tail(counts: Sequence[StepCount]) -> Tail:
-    """The drain, whose rows nobody replaces: from the last step that somebody waited through."""
-    steps = [count for count in counts if count.end_s]
-    steady = [index for index, count in enumerate(steps) if not count.is_tail]
-    if not steady or steady[-1] + 1 == len(steps):
-        return Tail()
-    ends = [count.end_s for count in steps[steady[-1] :]]
-    took = [end - start for start, end in pairwise(ends)]
-    return Tail(sum(took), len(took), min(took) * len(took))
 
 
 def _useful_rows(counts: Sequence[StepCount], plan: Plan) -> float:
@@ -146,22 +125,6 @@ def _read_from_cache(device: Device, measured: Measured) -> float | None:
     if not asked or physical is None or physical >= DISK_BOUND_SHARE * asked:
         return None
     return physical / asked
-
-
-def _phases(counts: Sequence[StepCount], began: float) -> tuple[float, float, int]:
-    """Seconds of steps that prefill, seconds of steps that only decode, and the latters' tokens."""
-    prefill_s = decode_s = 0.0
-    decoded, last = 0, began
-    for count in counts:
-        if not count.prompt_tokens and not count.decode_tokens:
-            continue
-        seconds, last = count.end_s - last, count.end_s
-        if count.prompt_tokens:
-            prefill_s += seconds
-        else:
-            decode_s += seconds
-            decoded += count.decode_tokens
-    return prefill_s, decode_s, decoded
 
 
 def _links(device: Device, recorder: Recorder) -> list[LinkUse]:

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from flexpipe.errors import FlexpipeError, InputError, PolicyError
-from flexpipe.plan.hardware import Emulation
 from flexpipe.plan.tier import Tier
 from flexpipe.policy.curve import Curve, Surface
 from flexpipe.units import (
@@ -39,6 +38,7 @@ OVERHEADS = (
     "layer",  # a decoder layer's compute op, beside its work
     "other",  # any other compute op, and sampling
     "move",  # a move over a host link
+    "copy",  # each further piece of one
     "read",  # an op that reads or writes the disk
     "hop",  # from an op's end to the start of one on another lane that waits for it
     "commit",  # making tokens known
@@ -110,24 +110,6 @@ class Profile:
 
     def overhead(self, what: str) -> float:
         return self.overhead_s.get(what, 0.0)
-
-    def emulating(self, emulation: Emulation) -> Profile:
-        """The machine that `--device emulated` makes of this CPU."""
-        rates = {
-            "h2d": emulation.h2d_bytes_per_s,
-            "d2h": emulation.d2h_bytes_per_s,
-            "disk_read": emulation.disk_read_bytes_per_s,
-            "disk_write": emulation.disk_write_bytes_per_s,
-        }
-        copy = self.links.get("h2d") or Curve.flat(1e12)
-        links = {
-            name: (copy if name in ("h2d", "d2h") else self.links[name]).capped(rate or 1e15)
-            for name, rate in rates.items()
-        }
-        memory = dict(self.memory)
-        if emulation.memory_bytes is not None:
-            memory[Tier.GPU] = emulation.memory_bytes
-        return replace(self, device="emulated", links=links, memory=memory)
 
 
 def read_profile(path: Path) -> Profile:

@@ -6,6 +6,7 @@ which rows have tokens behind them and where their KV cache rests.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flexpipe.model.draw import Draw
@@ -23,7 +24,7 @@ class Row:
     request: int
     place: int
     num_context: int
-    tokens: tuple[int, ...]
+    tokens: Sequence[int]
     sampled: bool
     draw: Draw | None = None
 

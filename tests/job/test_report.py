@@ -7,9 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from flexpipe.job.batcher import StepCount
-from flexpipe.job.measure import _tail
 from flexpipe.job.report import LaneUse, LinkUse, Report, ShareUse, TierUse
+from flexpipe.schedule.places import StepCount, tail
 from flexpipe.units import GIB
 
 REPORT = Report(
@@ -73,11 +72,11 @@ def test_table_shows_asked_planned_and_measured_side_by_side() -> None:
 def test_the_tail_stands_beside_its_bound() -> None:
     """Steps end at 1, 2 and 4 s, then two in the drain take 1 and 3 s: at best 2 x 1 s."""
     counts = [
-        StepCount(rows=1, end_s=end, is_tail=tail)
-        for end, tail in ((1.0, False), (2.0, False), (4.0, False), (5.0, True), (8.0, True))
+        StepCount(rows=1, end_s=end, is_tail=drains)
+        for end, drains in ((1.0, False), (2.0, False), (4.0, False), (5.0, True), (8.0, True))
     ]
-    assert _tail(counts) == (4.0, 2, 2.0)
-    assert _tail(counts[:3]) == _tail(counts[3:]) == _tail([]) == (0.0, 0, 0.0)
+    assert tail(counts) == (4.0, 2, 2.0)
+    assert tail(counts[:3]) == tail(counts[3:]) == tail([]) == (0.0, 0, 0.0)
     report = replace(REPORT, tail_s=4.0, tail_steps=2, tail_bound_s=2.0, bottleneck="lane x")
     lines = [line.split() for line in report.render().splitlines()]
     assert ["tail", "of", "2", "steps", "4.00"] in lines and ["its", "bound", "2.00"] in lines

@@ -1,0 +1,487 @@
+"""What an op costs: bytes over a link's rate, FLOPs over the rate at so many rows, and overhead.
+
+Every figure comes from a `Profile`; nothing is fitted. What is added up here is what
+`flexpipe.runtime.stage` does for the op, and the bytes are those it moves. An emulated accelerator
+computes and copies on the CPU: its ops take what the CPU takes, or what the emulated rate makes of
+them where that is longer.
+
+Tokens: T new ones of a micro-batch. Attended: keys that new tokens see, summed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from flexpipe.errors import PolicyError
+from flexpipe.model.cost import (
+    CONVERT_ELEMENTS,
+    attend_flops,
+    head_flops,
+    mlp_flops,
+    num_attended,
+    out_flops,
+    qkv_flops,
+)
+from flexpipe.plan.block import KV_PAGE, MicroBatchPlan, page_extents
+from flexpipe.plan.hardware import Emulation
+from flexpipe.plan.layer import LayerKind, LayerPlan
+from flexpipe.plan.layout import ALIGN, Part, round_up
+from flexpipe.plan.plan import Plan
+from flexpipe.plan.tier import Tier
+from flexpipe.policy.curve import Curve, Surface
+from flexpipe.policy.profile import Profile, Rates
+from flexpipe.schedule.op import Kind, Op, Segment
+from flexpipe.schedule.simulate import Cost
+from flexpipe.schedule.step import MicroBatch, Row
+
+IN_FLIGHT = 8  # scattered reads and writes of one op at a time
+# numbers that go through a norm's worth of work, relative to one of the hidden's
+_ROPE, _APPEND, _GATE, _LOOKUP = 1.0, 0.4, 0.5, 0.3
+# how a layer's fixed cost falls on its segments
+_OVERHEAD_SHARE = {None: 1.0, Segment.QKV: 0.4, Segment.ATTEND: 0.2, Segment.OUT: 0.4}
+_ROLES = {
+    Segment.QKV: ("q_proj", "k_proj", "v_proj"),
+    Segment.OUT: ("o_proj", "gate_proj", "up_proj", "down_proj"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Rows that attend together: their number, new tokens each, and the keys those see in all."""
+
+    rows: int
+    num_new: int
+    attended: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What of a micro-batch costs anything.
+
+    Attention of rows here and on the CPU is by window, then by new tokens. Moves are tokens: those
+    behind rows whose KV cache must be loaded or read, and the new ones that go home; `extents` are
+    the pieces that reads and writes come in.
+    """
+
+    num_new: int
+    num_rows: int
+    num_sampled: int
+    num_on_cpu: int
+    here: Mapping[int | None, tuple[Attention, ...]]
+    on_cpu: Mapping[int | None, tuple[Attention, ...]]
+    load_tokens: int
+    load_rows: int
+    store_tokens: int
+    store_rows: int
+    read_bytes: int
+    read_extents: int
+    write_bytes: int
+    write_extents: int
+
+
+class CostModel:
+    """Prices the ops of one plan on one machine; raises PolicyError where the profile lacks what
+    the plan needs."""
+
+    def __init__(self, plan: Plan, profile: Profile, emulation: Emulation | None = None) -> None:
+        self.plan = plan
+        self.profile = profile
+        self.emulation = emulation
+        self._config = plan.config
+        self._dtype = plan.compute_dtype
+        self._windows = tuple(dict.fromkeys(plan.config.windows or (None,)))
+        self._shapes: dict[int, tuple[MicroBatch, Shape]] = {}
+        self._products: dict[tuple[int, Segment | None, int], float] = {}
+        self._classes: dict[object, int] = {}
+        self._class_of = [self._classify(layer) for layer in plan.layers]
+        self._costs: dict[object, Cost] = {}
+        self._price: Mapping[Kind, Callable[[Op], Cost]] = {
+            Kind.READ_WEIGHT: self._read_weight,
+            Kind.LOAD_WEIGHT: self._load_weight,
+            Kind.READ_EMBED: self._read_embed,
+            Kind.LOAD_EMBED: self._load_embed,
+            Kind.READ_CACHE: self._read_cache,
+            Kind.LOAD_CACHE: self._load_cache,
+            Kind.STORE_CACHE: self._store_cache,
+            Kind.WRITE_CACHE: self._write_cache,
+            Kind.READ_HIDDEN: lambda op: self._disk("disk_read", self._hidden_bytes(op, ALIGN)),
+            Kind.LOAD_HIDDEN: lambda op: self._move("h2d", self._hidden_bytes(op)),
+            Kind.STORE_HIDDEN: lambda op: self._move("d2h", self._hidden_bytes(op)),
+            Kind.WRITE_HIDDEN: lambda op: self._disk("disk_write", self._hidden_bytes(op, ALIGN)),
+            Kind.MOVE_QUERY: self._move_query,
+            Kind.ATTEND_CPU: self._attend_cpu,
+            Kind.MOVE_OUTPUT: self._move_output,
+            Kind.COMPUTE: self._compute,
+            Kind.SAMPLE: self._sample,
+            Kind.FETCH_TOKENS: self._fetch,
+            Kind.COMMIT: self._commit,
+            Kind.BARRIER: lambda op: Cost(0.0),
+        }
+
+    def __call__(self, op: Op) -> Cost:
+        if op.batch is not None:
+            return self._price[op.kind](op)
+        key = op.kind, op.layer
+        cost = self._costs.get(key)
+        if cost is None:
+            cost = self._costs[key] = self._price[op.kind](op)
+        return cost
+
+    @cached_property
+    def load_s(self) -> float:
+        """Seconds to bring the weights home, from the checkpoint to the last byte packed."""
+        seconds = 0.0
+        for placed in self.plan.placement.tensors.values():
+            if placed.home == Tier.DISK:
+                continue
+            stored = placed.stored
+            seconds += stored.num_bytes / self.profile.links["disk_read"].rate(stored.num_bytes)
+            same = stored.dtype == placed.dtype and placed.home != self.plan.device_tier
+            rate = self.profile.load.get(placed.dtype)
+            if rate is not None and not same and placed.codec is None:
+                seconds += placed.spec.num_elements / rate
+        return seconds
+
+    def shape(self, batch: MicroBatch) -> Shape:
+        """The micro-batch's shape, found once per step."""
+        known = self._shapes.get(batch.index)
+        if known is None or known[0] is not batch:
+            known = self._shapes[batch.index] = (batch, _shape(batch, self.plan, self._windows))
+        return known[1]
+
+    # moves
+
+    def _move(self, link: str, num_bytes: int, pieces: int = 1) -> Cost:
+        overhead = self.profile.overhead("move")
+        overhead += max(0, pieces - 1) * self.profile.overhead("copy")
+        return self._over(link, num_bytes, num_bytes / max(1, pieces), overhead, "copy")
+
+    def _disk(self, link: str, num_bytes: int, extents: int = 1) -> Cost:
+        overhead = self.profile.overhead("read") * max(1.0, extents / IN_FLIGHT)
+        return self._over(link, num_bytes, num_bytes, overhead, link)
+
+    def _over(
+        self, link: str, num_bytes: int, size: float, overhead_s: float, activity: str
+    ) -> Cost:
+        """Bytes over a link; an emulated one takes its own time where that is longer."""
+        curve = self.profile.links.get(link)
+        work = overhead_s + (curve.seconds(num_bytes, max(size, 1.0)) if curve else 0.0)
+        rate = getattr(self.emulation, f"{link}_bytes_per_s") if self.emulation else None
+        seconds = max(work, num_bytes / rate) if rate else work
+        return Cost(seconds, activity, work / seconds if seconds else 1.0, link, num_bytes)
+
+    def _read_weight(self, op: Op) -> Cost:
+        layout = self.plan.layers[op.layer].streamed
+        return self._disk("disk_read", layout.read_bytes, len(layout.extents))
+
+    def _load_weight(self, op: Op) -> Cost:
+        layout = self.plan.layers[op.layer].streamed
+        return self._move("h2d", layout.num_bytes, 1 + bool(layout.extents and layout.pack_bytes))
+
+    def _read_embed(self, op: Op) -> Cost:
+        num_bytes = self._shape(op).num_new * self.plan.embedding.row_bytes
+        if self.plan.embed_home == Tier.DISK:
+            return self._disk("disk_read", num_bytes, self._shape(op).num_new)
+        copied = self._host_copy(num_bytes)
+        return Cost(self.profile.overhead("move") + copied, "copy", link="disk_read")
+
+    def _host_copy(self, num_bytes: int) -> float:
+        """Seconds to copy bytes within host memory, as good as is known."""
+        curve = self.profile.links.get("h2d")
+        return curve.seconds(num_bytes) if curve else 0.0
+
+    def _load_embed(self, op: Op) -> Cost:
+        return self._move("h2d", self._shape(op).num_new * self.plan.embedding.row_bytes)
+
+    def _read_cache(self, op: Op) -> Cost:
+        shape = self._shape(op)
+        return self._disk("disk_read", shape.read_bytes, shape.read_extents)
+
+    def _load_cache(self, op: Op) -> Cost:
+        shape = self._shape(op)
+        return self._move("h2d", shape.load_tokens * self.plan.token_bytes, shape.load_rows)
+
+    def _store_cache(self, op: Op) -> Cost:
+        shape = self._shape(op)
+        return self._move("d2h", shape.store_tokens * self.plan.token_bytes, shape.store_rows)
+
+    def _write_cache(self, op: Op) -> Cost:
+        shape = self._shape(op)
+        cost = self._disk("disk_write", shape.write_bytes, shape.write_extents)
+        if shape.write_bytes:
+            return cost
+        # nothing but tails that stay in memory
+        return Cost(self.profile.overhead("move"), "copy")
+
+    def _hidden_bytes(self, op: Op, unit: int = 1) -> int:
+        tokens = self._shape(op).num_new
+        return round_up(tokens * self._config.hidden_size * self.plan.compute_bytes, unit)
+
+    def _move_query(self, op: Op) -> Cost:
+        return self._move("d2h", self._shape(op).num_on_cpu * self.plan.query_bytes)
+
+    def _move_output(self, op: Op) -> Cost:
+        width = self._config.num_heads * self._config.head_dim * self.plan.compute_bytes
+        return self._move("h2d", self._shape(op).num_on_cpu * width)
+
+    # computing
+
+    def _attend_cpu(self, op: Op) -> Cost:
+        shape, rates = self._shape(op), self.profile.on_host
+        attention = shape.on_cpu[self._window(op)]
+        seconds = self.profile.overhead("other") + self._attention_s(rates, attention)
+        return Cost(seconds + self._append_s(rates, shape.num_on_cpu), "attend")
+
+    def _compute(self, op: Op) -> Cost:
+        layer, shape = self.plan.layers[op.layer], self._shape(op)
+        if layer.kind == LayerKind.EMBED:
+            work, flops = self._embed_s(op, shape), 0.0  # as the engine counts it
+        elif layer.kind == LayerKind.HEAD:
+            work, flops = self._head_s(op, layer, shape), self._head_flops(layer, shape)
+        else:
+            work, flops = self._decoder_s(op, layer, shape), self._decoder_flops(op, layer, shape)
+        rate = self.emulation.flops_per_s if self.emulation else None
+        seconds = max(work, flops / rate) if rate else work
+        return Cost(seconds, "compute", work / seconds)
+
+    def _embed_s(self, op: Op, shape: Shape) -> float:
+        looked_up = shape.num_new * self._config.input_size
+        seconds = self.profile.overhead("layer") + self._passes_s(_LOOKUP * looked_up)
+        return seconds + self._products_s(op.layer, None, shape.num_new)
+
+    def _head_s(self, op: Op, layer: LayerPlan, shape: Shape) -> float:
+        seconds = self.profile.overhead("other")
+        seconds += self._products_s(op.layer, None, shape.num_sampled)
+        if layer.takes_hidden:
+            seconds += self._passes_s(shape.num_sampled * self._config.hidden_size)
+        return seconds
+
+    def _head_flops(self, layer: LayerPlan, shape: Shape) -> float:
+        assert layer.vocab is not None
+        share = (layer.vocab[1] - layer.vocab[0]) / self._config.vocab_size
+        return head_flops(self._config, shape.num_sampled) * share
+
+    def _decoder_s(self, op: Op, layer: LayerPlan, shape: Shape) -> float:
+        config, tokens, part = self._config, shape.num_new, op.segment
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        seconds = _OVERHEAD_SHARE[part] * self.profile.overhead("layer")
+        seconds += self._products_s(op.layer, part, tokens)
+        numbers = 0.0
+        if layer.has_kv_cache and part in (None, Segment.QKV):
+            turned = _ROPE * (heads + kv_heads) if config.rope else 0.0
+            numbers += config.hidden_size + config.head_dim * (turned + _APPEND * 2 * kv_heads)
+            seconds += self._append_s(self.profile.compute, tokens - shape.num_on_cpu)
+        if layer.has_kv_cache and part in (None, Segment.ATTEND):
+            here = shape.here[self._window(op)]
+            seconds += self._attention_s(self.profile.compute, here)
+        if layer.kind != LayerKind.ATTENTION and part in (None, Segment.OUT):
+            numbers += config.hidden_size + (_GATE if config.gated_mlp else 0.0) * config.ffn_size
+        return seconds + self._passes_s(numbers * tokens)
+
+    def _decoder_flops(self, op: Op, layer: LayerPlan, shape: Shape) -> float:
+        config, tokens, part = self._config, shape.num_new, op.segment
+        flops = 0.0
+        if layer.has_kv_cache and part in (None, Segment.QKV):
+            flops += qkv_flops(config, tokens)
+        if layer.has_kv_cache and part in (None, Segment.ATTEND):
+            attended = sum(piece.attended for piece in shape.here[self._window(op)])
+            flops += attend_flops(config, attended)
+        if part in (None, Segment.OUT):
+            flops += out_flops(config, tokens) if layer.has_kv_cache else 0
+            flops += mlp_flops(config, tokens) if layer.kind != LayerKind.ATTENTION else 0
+        return flops
+
+    def _sample(self, op: Op) -> Cost:
+        logits = self._shape(op).num_sampled * self._config.vocab_size
+        rate = self._rate(self.profile.compute.sample, self._dtype, "sample")
+        return Cost(self.profile.overhead("other") + logits / rate, "compute")
+
+    def _fetch(self, op: Op) -> Cost:
+        return Cost(self.profile.overhead("move"), "copy", link="")
+
+    def _commit(self, op: Op) -> Cost:
+        rows = self._shape(op).num_rows
+        overhead = self.profile.overhead
+        return Cost(overhead("commit") + rows * overhead("commit_row"))
+
+    def _passes_s(self, numbers: float) -> float:
+        """Norms and the like over so many numbers."""
+        curve = self._curve(self.profile.compute.elementwise, "elementwise")
+        return curve.seconds(numbers)
+
+    def _append_s(self, rates: Rates, tokens: int) -> float:
+        """Compressing new keys and values."""
+        codec = self.plan.policy.cache_codec
+        if codec is None or not tokens:
+            return 0.0
+        numbers = tokens * 2 * self._config.num_kv_heads * self._config.head_dim
+        return numbers / self._rate(rates.compress, str(codec.bits), "compress")
+
+    def _attention_s(self, rates: Rates, attention: tuple[Attention, ...]) -> float:
+        config, seconds = self._config, 0.0
+        codec = self.plan.policy.cache_codec
+        width = 2 * config.num_kv_heads * config.head_dim
+        for piece in attention:
+            flops = attend_flops(config, piece.attended)
+            if piece.num_new == 1:
+                curve = self._curve(rates.decode_attention, "decode_attention")
+                num_bytes = piece.attended * width * self.plan.compute_bytes
+                dense = rates.decode_attention_flops.get(self._dtype, math.inf)
+                seconds += max(curve.seconds(num_bytes), flops / dense)
+            else:
+                curve = self._curve(rates.prefill_attention, "prefill_attention")
+                seconds += curve.seconds(flops, piece.num_new)
+            if codec is not None:
+                keys = piece.attended if piece.num_new == 1 else piece.rows * piece.num_new
+                kind = f"{codec.bits}>{self._dtype}"
+                seconds += keys * width / self._rate(rates.widen, kind, "widen")
+        return seconds
+
+    def _products_s(self, position: int, segment: Segment | None, rows: int) -> float:
+        """A layer's products with `rows` tokens, conversion of their weights included."""
+        key = self._class_of[position], segment, rows
+        seconds = self._products.get(key)
+        if seconds is None:
+            layer = self.plan.layers[position]
+            roles = _ROLES.get(segment) if segment else None
+            parts = [
+                (part, resident)
+                for some, resident in ((layer.resident, True), (layer.streamed.parts, False))
+                for part in some
+                if len(part.shape) == 2 and part.tensor.spec.role != "embed_positions"
+                if roles is None or part.tensor.spec.role in roles
+                if layer.kind != LayerKind.EMBED or part.tensor.spec.role != "embed_tokens"
+            ]
+            seconds = sum(self._product_s(part, resident, rows) for part, resident in parts)
+            self._products[key] = seconds
+        return seconds
+
+    def _product_s(self, part: Part, resident: bool, rows: int) -> float:
+        placed, rates = part.tensor, self.profile.compute
+        num_out, num_in = part.shape[0], placed.spec.shape[1]
+        elements = num_out * num_in
+        if not rows:
+            return 0.0
+        flops = 2.0 * elements * rows
+        if placed.codec is None and placed.dtype == self._dtype:
+            surface = rates.packed.get(self._dtype) if resident else None
+            surface = surface or self._surface(rates.matmul)
+            return flops / surface.rate(elements, rows)
+        if placed.codec is None:
+            kind = f"{placed.dtype}>{self._dtype}"
+            seconds = elements / self._rate(rates.convert, kind, "convert")
+        else:
+            kind = f"{placed.codec.bits}>{self._dtype}"
+            seconds = elements / self._rate(rates.widen, kind, "widen")
+        size = min(elements, CONVERT_ELEMENTS)
+        return seconds + flops / self._surface(rates.matmul).rate(size, rows)
+
+    # lookups
+
+    def _shape(self, op: Op) -> Shape:
+        assert op.batch is not None
+        return self.shape(op.batch)
+
+    def _window(self, op: Op) -> int | None:
+        layer = self.plan.layers[op.layer].layer
+        return None if layer is None else self._config.window(layer)
+
+    def _surface(self, surfaces: Mapping[str, Surface]) -> Surface:
+        if self._dtype not in surfaces:
+            raise self._lacking("matmul", self._dtype)
+        return surfaces[self._dtype]
+
+    def _curve(self, curves: Mapping[str, Curve], what: str) -> Curve:
+        if self._dtype not in curves:
+            raise self._lacking(what, self._dtype)
+        return curves[self._dtype]
+
+    def _rate(self, rates: Mapping[str, float], key: str, what: str) -> float:
+        if key not in rates:
+            raise self._lacking(what, key)
+        return rates[key]
+
+    def _lacking(self, what: str, key: str) -> PolicyError:
+        return PolicyError(
+            f"the profile {self.profile.name} has no {what} for {key}, which this policy needs; "
+            "measure it with flexpipe profile, or add it to the hardware file"
+        )
+
+    def _classify(self, layer: LayerPlan) -> int:
+        """Layers whose products cost the same, by number."""
+        key = (
+            layer.kind,
+            layer.vocab and layer.vocab[1] - layer.vocab[0],
+            *((part.shape, part.tensor.dtype, part.tensor.codec, True) for part in layer.resident),
+            *((part.shape, part.tensor.dtype, part.tensor.codec) for part in layer.streamed.parts),
+        )
+        return self._classes.setdefault(key, len(self._classes))
+
+
+def _shape(batch: MicroBatch, plan: Plan, windows: tuple[int | None, ...]) -> Shape:
+    """Sort a micro-batch's rows by what they cost."""
+    mb = plan.micro_batches[batch.index]
+    here: list[Row] = []
+    on_cpu: list[Row] = []
+    moving: list[Row] = []
+    disk: list[Row] = []
+    for row in batch.rows:
+        home = mb.kv_homes[row.place]
+        away = plan.row_attends_on_cpu(batch.index, row.place, row.num_new)
+        (on_cpu if away else here).append(row)
+        if home != plan.device_tier and not away:
+            moving.append(row)
+        if home == Tier.DISK:
+            disk.append(row)
+    read, write = _reads(disk, plan, mb), _writes(disk, plan)
+    loaded = [row for row in moving if row.num_context]
+    return Shape(
+        num_new=batch.num_new,
+        num_rows=len(batch.rows),
+        num_sampled=batch.num_sampled,
+        num_on_cpu=len(on_cpu),
+        here={window: _attention(here, window) for window in windows},
+        on_cpu={window: _attention(on_cpu, window) for window in windows},
+        load_tokens=sum(row.num_context for row in loaded),
+        load_rows=len(loaded),
+        store_tokens=sum(row.num_new for row in moving),
+        store_rows=len(moving),
+        read_bytes=read[0],
+        read_extents=read[1],
+        write_bytes=write[0],
+        write_extents=write[1],
+    )
+
+
+def _attention(rows: list[Row], window: int | None) -> tuple[Attention, ...]:
+    """Decoding rows are one call; others by their new tokens."""
+    sums: dict[int, list[int]] = defaultdict(lambda: [0, 0])
+    for row in rows:
+        into = sums[row.num_new]
+        into[0] += 1
+        into[1] += num_attended(row.num_context, row.num_new, window)
+    return tuple(Attention(count, new, attended) for new, (count, attended) in sums.items())
+
+
+def _reads(rows: list[Row], plan: Plan, mb: MicroBatchPlan) -> tuple[int, int]:
+    """Bytes and pieces of whole pages behind rows whose KV cache is on disk."""
+    ranks = {place: rank for rank, place in enumerate(mb.places(Tier.DISK))} if rows else {}
+    sizes = [row.num_context * plan.token_bytes // KV_PAGE * KV_PAGE for row in rows]
+    extents = page_extents([ranks[row.place] for row in rows], sizes, plan.slot_region_bytes(mb))
+    read = [num_bytes for _, num_bytes in extents]
+    return sum(read), len(read)
+
+
+def _writes(rows: list[Row], plan: Plan) -> tuple[int, int]:
+    """Bytes and pieces of the pages that new tokens fill."""
+    total = pieces = 0
+    for row in rows:
+        begin = row.num_context * plan.token_bytes // KV_PAGE
+        end = (row.num_context + row.num_new) * plan.token_bytes // KV_PAGE
+        total += (end - begin) * KV_PAGE
+        pieces += end > begin
+    return total, pieces
