@@ -20,6 +20,7 @@ import click
 from flexpipe import __version__
 from flexpipe.cli.bench import bench
 from flexpipe.cli.demo import demo
+from flexpipe.cli.profile import profile
 from flexpipe.cli.run import run
 from flexpipe.errors import FlexpipeError
 
@@ -42,6 +43,7 @@ def cli(debug: bool) -> None:
 cli.add_command(run)
 cli.add_command(demo)
 cli.add_command(bench)
+cli.add_command(profile)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -14,10 +14,12 @@ class Effort:
     """Sizes to measure at, seconds per window, and rounds.
 
     `weights` are out and in features, the smallest first, `rows` what meets them, as far as a
-    product stays within `most_flops`. `prefill` is new tokens per row, `decode` bytes of KV
-    cache, `norm` tokens of 2048 numbers. `copies` and `transfers` are bytes that links move at
-    once, `file_bytes` the file on disk they move from and to, `held_bytes` what is rotated over so
-    that nothing comes from a processor's caches.
+    product stays within `most_flops`. `prefill` is new tokens per row, `decode` bytes of KV cache,
+    `compressed_tokens` tokens of a compressed one, `norm` tokens of 2048 numbers. `copies` and
+    `transfers` are bytes that links move at once, `file_bytes` the file on disk they move from and
+    to, `held_bytes` what is rotated over so that nothing comes from a processor's caches. Pairs of
+    activities have windows of their own; `op_steps` are steps of the model that shows what ops
+    cost.
     """
 
     quick: bool
@@ -28,6 +30,7 @@ class Effort:
     most_flops: float
     prefill: tuple[int, ...]
     decode: tuple[int, ...]
+    compressed_tokens: tuple[int, ...]
     norm: tuple[int, ...]
     copies: tuple[int, ...]
     transfers: tuple[int, ...]
@@ -47,6 +50,7 @@ FULL = Effort(
     most_flops=4e10,
     prefill=(64, 256, 1024, 2048),
     decode=(256 * KIB, 2 * MIB, 16 * MIB, 64 * MIB, 256 * MIB),
+    compressed_tokens=(128, 1024, 8192),
     norm=(1, 16, 128, 1024, 4096),
     copies=(64 * KIB, MIB, 16 * MIB, 256 * MIB),
     transfers=(64 * KIB, MIB, 16 * MIB, 128 * MIB),
@@ -65,6 +69,7 @@ QUICK = Effort(
     most_flops=1e10,
     prefill=(64, 256, 1024),
     decode=(256 * KIB, 16 * MIB, 128 * MIB),
+    compressed_tokens=(1024,),
     norm=(1, 128, 4096),
     copies=(64 * KIB, MIB, 16 * MIB, 128 * MIB),
     transfers=(64 * KIB, MIB, 16 * MIB, 128 * MIB),

@@ -68,8 +68,10 @@ class ComputeTasks:
             partial(self._products, dtype, self._effort.weights[0], rotated=False),
             *(partial(self._products, dtype, shape) for shape in large),
             partial(self._conversions, dtype),
+            partial(self._converted_products, dtype),
             partial(self._prefill_attention, dtype),
             partial(self._decode_attention, dtype),
+            partial(self._compressed_attention, dtype),
             partial(self._grouped_attention, dtype),
             partial(self._elementwise, dtype),
             partial(self._samples, dtype),
@@ -81,6 +83,7 @@ class ComputeTasks:
         return [
             partial(self._products, dtype, self._effort.weights[0], rotated=False),
             partial(self._decode_attention, dtype),
+            partial(self._compressed_attention, dtype),
             partial(self._grouped_attention, dtype),
         ]
 
@@ -131,17 +134,25 @@ class ComputeTasks:
         scratch = self._drawn(_SLICE, dtype)
         for source in sorted(DTYPE_BYTES.keys() - {dtype}):
             slices = [self._drawn(_SLICE, source) for _ in range(_num_slices(source))]
-            yield _conversion(f"convert {source}>{dtype}", slices, scratch)
+            yield _conversion("convert", f"{source}>{dtype}", slices, scratch)
         for bits, codec in CODECS.items():
-            drawn = self._drawn(_SLICE, "float32")
-            packed = self._taken((_SLICE[0], codec.row_bytes(_SLICE[1])), "uint8")
-            compress(drawn, codec, packed)
-            count = -(-ROTATED_BYTES // packed.numel())
-            weights = [CompressedWeight(packed, codec, _SLICE[1])]
-            for _ in range(count - 1):
-                copied = self._taken(tuple(packed.shape), "uint8").copy_(packed)
-                weights.append(CompressedWeight(copied, codec, _SLICE[1]))
-            yield _conversion(f"widen {bits}>{dtype}", weights, scratch)
+            num_out, num_in = _SLICE
+            count = -(-ROTATED_BYTES // (num_out * codec.row_bytes(num_in)))
+            rows = self._compressed_rows(count * num_out, num_in, codec)
+            weights = [CompressedWeight(some, codec, num_in) for some in rows.chunk(count)]
+            yield _conversion("widen", f"{bits}>{dtype}", weights, scratch)
+
+    def _converted_products(self, dtype: str) -> Iterator[Task]:
+        """With a slice that was converted a moment ago, so that the caches hold it."""
+        num_out, num_in = _SLICE
+        weight, room = self._drawn(_SLICE, dtype), self._workspace(0)
+        for rows in self._effort.rows:
+            x_TI, out_TO = self._drawn((rows, num_in), dtype), self._drawn((rows, num_out), dtype)
+            yield Task(
+                key=("converted", dtype, rows),
+                amount=2 * rows * weight.numel(),
+                work=partial(_multiply_by, [weight], x_TI, out_TO, room),
+            )
 
     def _prefill_attention(self, dtype: str) -> Iterator[Task]:
         """Some 1024 tokens a call, as many rows as that makes."""
@@ -161,7 +172,7 @@ class ComputeTasks:
         """One head of cache per query head, so that bytes are the bound."""
         config = _config(HEADS, dtype)
         token_bytes = 2 * HEADS * HEAD_DIM * DTYPE_BYTES[dtype]
-        held = self._drawn_bytes(self._effort.held_bytes, dtype)
+        held = self._drawn_bytes(max(self._effort.held_bytes, self._effort.decode[-1]), dtype)
         for num_bytes in self._effort.decode:
             rows, length = _decoding(num_bytes // token_bytes)
             batch = self._batch(config, [RowSpan(length - 1, 1)] * rows, dtype)
@@ -171,6 +182,29 @@ class ComputeTasks:
                 amount=num_bytes,
                 work=self._attending(config, batch, caches, dtype),
             )
+
+    def _compressed_attention(self, dtype: str) -> Iterator[Task]:
+        """The same over compressed caches, whose bytes are the fewer."""
+        config = _config(HEADS, dtype)
+        for bits, codec in CODECS.items():
+            vector_bytes = codec.row_bytes(HEAD_DIM)
+            token_bytes = 2 * HEADS * vector_bytes
+            for num_tokens in self._effort.compressed_tokens:
+                rows, length = _decoding(num_tokens)
+                spans = [RowSpan(length - 1, 1)] * rows
+                batch = self._batch(config, spans, dtype, codec)
+                count = -(-ROTATED_BYTES // (num_tokens * token_bytes))
+                caches = self._compressed_rows(count * num_tokens * 2 * HEADS, HEAD_DIM, codec)
+                yield Task(
+                    key=("decode_attention", f"{bits}>{dtype}", num_tokens * token_bytes),
+                    amount=num_tokens * token_bytes,
+                    work=self._attending(
+                        config,
+                        batch,
+                        caches.view(count, rows, length, 2, HEADS, vector_bytes),
+                        dtype,
+                    ),
+                )
 
     def _grouped_attention(self, dtype: str) -> Iterator[Task]:
         """Many query heads per head of the cache, so that arithmetic is."""
@@ -269,6 +303,15 @@ class ComputeTasks:
         slab = self._memory.take_on_device(math.prod(shape) * kind.itemsize, "measuring")
         return typed(slab, kind, shape)
 
+    def _compressed_rows(self, num_rows: int, size: int, codec: Codec) -> Tensor:
+        """Rows of so many numbers each, the same few again and again."""
+        few = _DRAWN // size
+        drawn = self._taken((few, codec.row_bytes(size)), "uint8")
+        compress(self._drawn((few, size), "float32"), codec, drawn)
+        rows = self._taken((num_rows, codec.row_bytes(size)), "uint8")
+        rows.view(-1, few, rows.shape[1]).copy_(drawn)
+        return rows
+
     def _drawn(self, shape: tuple[int, ...], dtype: str) -> Tensor:
         return self._drawn_bytes(math.prod(shape) * DTYPE_BYTES[dtype], dtype).view(shape)
 
@@ -297,8 +340,9 @@ def _packed(weight: Tensor, buffer: Tensor, dtype: torch.dtype | None = None) ->
     )
 
 
-def _conversion(name: str, slices: Sequence[Tensor | CompressedWeight], out: Tensor) -> Task:
-    field, what = name.split()
+def _conversion(
+    field: str, what: str, slices: Sequence[Tensor | CompressedWeight], out: Tensor
+) -> Task:
     return Task(
         key=(field, what),
         amount=out.numel(),

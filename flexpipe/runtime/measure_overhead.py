@@ -1,8 +1,9 @@
 """What an op costs beside its work: a model of next to no work, run by the engine itself.
 
-Times come from the recorder of real runs: one row with everything in memory, many rows, and one row
-whose weights and KV cache cross the host links. `commit` reaches to the first layer of the next
-step: in between the step is formed, its first ops are built, and so is what its layers share.
+Times come from the recorder of real runs, of one row and of many, with everything beside the device
+and with a KV cache that crosses the host links. `commit` reaches to the first layer of the next
+step, less the op that embeds: in between the step is formed and its first ops are built, and what
+its layers share is built by that op.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from flexpipe.memory.dummy import dummy_tensors
 from flexpipe.model.families import read_config
@@ -20,6 +20,7 @@ from flexpipe.plan.hardware import Emulation
 from flexpipe.plan.layer import LayerKind
 from flexpipe.plan.plan import Budgets, Plan, Planner
 from flexpipe.plan.policy import Policy, Shares
+from flexpipe.plan.tier import Tier
 from flexpipe.runtime.device import open_device
 from flexpipe.runtime.executor import execute
 from flexpipe.runtime.record import Recorder, Span
@@ -47,7 +48,7 @@ _MODEL = {
 _ROOMY = Budgets(gpu=2**50, cpu=2**50, disk=2**50)
 _FAST = Emulation(h2d_bytes_per_s=1e12, d2h_bytes_per_s=1e12)
 _OTHER = (Kind.SAMPLE, Kind.FETCH_TOKENS)
-_MOVES = (Kind.LOAD_WEIGHT, Kind.LOAD_CACHE, Kind.STORE_CACHE)
+_MOVES = (Kind.LOAD_CACHE, Kind.STORE_CACHE)
 
 
 def measure_overheads(device: str, directory: Path, num_steps: int) -> dict[str, float]:
@@ -55,32 +56,43 @@ def measure_overheads(device: str, directory: Path, num_steps: int) -> dict[str,
 
     `directory` takes the model's weights. On a CPU moves are those of the emulated accelerator.
     """
-    beside = Shares(gpu=1.0) if device != "cpu" else Shares(cpu=1.0)
-    resident = Policy(weights=beside, kv_cache=beside, hidden=beside, micro_batch_size=1)
-    off = Policy(micro_batch_size=1, hidden=Shares(gpu=1.0))
-    one = _Run.make(device, directory, resident, num_steps)
-    many = _Run.make(device, directory, _with_rows(resident, MANY_ROWS), num_steps)
-    moving = _Run.make("emulated" if device == "cpu" else device, directory, off, num_steps)
-    hop_s = moving.hop_s()
-    other_s = one.median_s(one.is_other)
-    first_s, last_s = (run.commit_s() - hop_s - other_s for run in (one, many))
-    per_row_s = max(0.0, last_s - first_s) / (MANY_ROWS - 1)
+    away = "emulated" if device == "cpu" else device
+
+    def run(name: str, home: Tier, rows: int) -> _Run:
+        policy = _policy(home, Tier.CPU if name == "cpu" else Tier.GPU, rows)
+        return _Run.make(name, directory, policy, num_steps)
+
+    beside = Tier.CPU if device == "cpu" else Tier.GPU
+    one, many = (run(device, beside, rows) for rows in (1, MANY_ROWS))
+    moving, moving_many = (run(away, Tier.CPU, rows) for rows in (1, MANY_ROWS))
+    layer_s, hop_s = one.median_s(one.is_layer), moving.hop_s()
+    commit_s, row_s = _split(*(each.commit_s() - hop_s - layer_s for each in (one, many)))
+    move_s, copy_s = _split(*(each.median_s(_is_move) for each in (moving, moving_many)))
     return {
-        "layer": one.median_s(one.is_layer),
-        "other": other_s,
-        "move": moving.median_s(lambda span: span.op.kind in _MOVES),
+        "layer": layer_s,
+        "other": one.median_s(one.is_other),
+        "move": move_s + copy_s,
+        "copy": copy_s,
         "hop": hop_s,
-        "commit": max(0.0, first_s - per_row_s),
-        "commit_row": per_row_s,
+        "commit": commit_s,
+        "commit_row": row_s,
     }
 
 
-def _with_rows(policy: Policy, rows: int) -> Policy:
-    return Policy(**{**_shares(policy), "micro_batch_size": rows})
+def _split(one_s: float, many_s: float) -> tuple[float, float]:
+    """What an op costs without rows, and per row."""
+    per_row_s = max(0.0, many_s - one_s) / (MANY_ROWS - 1)
+    return max(0.0, one_s - per_row_s), per_row_s
 
 
-def _shares(policy: Policy) -> dict[str, Any]:
-    return {name: getattr(policy, name) for name in ("weights", "kv_cache", "hidden")}
+def _policy(home: Tier, beside: Tier, rows: int) -> Policy:
+    """Weights and KV cache at `home`, the hidden beside the device."""
+    at_home, near = Shares(**{home.value: 1.0}), Shares(**{beside.value: 1.0})
+    return Policy(weights=at_home, kv_cache=at_home, hidden=near, micro_batch_size=rows)
+
+
+def _is_move(span: Span) -> bool:
+    return span.op.kind in _MOVES
 
 
 class _Rows:

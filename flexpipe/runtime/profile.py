@@ -242,6 +242,7 @@ def _rates(found: Rated) -> Rates:
     forms: Mapping[str, Callable[[Rated, str], Mapping[str, Any]]] = {
         "matmul": _surfaces,
         "packed": _surfaces,
+        "converted": _curves,
         "prefill_attention": _curves,
         "decode_attention": _curves,
         "elementwise": _curves,

@@ -82,6 +82,8 @@ def machine_profile(
 
 def profile_path(device: str, offload_dir: Path) -> Path:
     """Where the profile of this machine lies, or would."""
+    if given := os.environ.get(PROFILE_VARIABLE):
+        return Path(given)
     kind = measured_device(device).torch_device.type
     key = repr((machine_id(), kind, torch.get_num_threads(), mount_of(offload_dir)))
     name = f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.yaml"
