@@ -29,9 +29,10 @@ from flexpipe.policy.curve import Curve, Surface
 from flexpipe.policy.profile import OVERHEADS, Profile, Rates
 from flexpipe.runtime.device import Device, open_device
 from flexpipe.runtime.effort import FULL, QUICK, Effort
-from flexpipe.runtime.measure_compute import PAIR_BYTES, ComputeTasks
+from flexpipe.runtime.measure_attention import PAIR_BYTES, AttentionTasks
 from flexpipe.runtime.measure_links import DiskTasks, copy_tasks
 from flexpipe.runtime.measure_overhead import measure_overheads
+from flexpipe.runtime.measure_products import ProductTasks
 from flexpipe.runtime.measure_slowdown import slowdowns
 from flexpipe.runtime.stopwatch import Rated, Stopwatch, Task, TaskSource, rate_all
 from flexpipe.runtime.usable import usable_memory
@@ -197,19 +198,22 @@ def _links(device: Device, disk: DiskTasks, effort: Effort) -> Rated:
 
 
 def _compute(device: torch.device, dtypes: Sequence[str], effort: Effort, progress: Tell) -> Rated:
-    tasks, watch = ComputeTasks(device, effort), _watch(device, effort)
-    sources = tasks.common()
+    products, attention = ProductTasks(device, effort), AttentionTasks(device, effort)
+    watch = _watch(device, effort)
+    sources: list[TaskSource] = [attention.compression]
     for dtype in dtypes:
-        sources += tasks.sources(dtype)
+        sources += [*products.sources(dtype), *attention.sources(dtype)]
     progress(f"products and attention in {', '.join(dtypes)}")
     return _in_thread(partial(rate_all, sources, watch, effort.rounds))
 
 
 def _host(dtypes: Sequence[str], effort: Effort, progress: Tell) -> Rates:
-    tasks, watch = ComputeTasks(CPU, effort), _watch(CPU, effort)
-    sources = tasks.common()
+    """What a CPU beside an accelerator may be asked to do."""
+    products, attention = ProductTasks(CPU, effort), AttentionTasks(CPU, effort)
+    watch = _watch(CPU, effort)
+    sources: list[TaskSource] = [attention.compression]
     for dtype in dtypes:
-        sources += tasks.attention(dtype)
+        sources += [products.least(dtype), *attention.decoding(dtype)]
     progress("attention on the CPU")
     return _rates(_in_thread(partial(rate_all, sources, watch, effort.rounds)))
 
@@ -218,13 +222,13 @@ def _slowdowns(
     device: Device, dtype: str, disk: DiskTasks, effort: Effort
 ) -> dict[tuple[str, str], float]:
     """On an accelerator only the host's activities share anything."""
-    on_cpu = ComputeTasks(CPU, effort)
     with torch.inference_mode(), contextlib.closing(copy_tasks(device, effort)) as copies:
-        tasks = {"attend": on_cpu.one_attention(dtype), "copy": _of_size(copies, PAIR_BYTES)}
+        attend = AttentionTasks(CPU, effort).pair(dtype)
+        tasks = {"attend": attend, "copy": _of_size(copies, PAIR_BYTES)}
         for task in disk.moves((PAIR_BYTES,)):
             tasks[str(task.key[1])] = task
         if device.torch_device == CPU:
-            tasks["compute"] = on_cpu.one_product(dtype)
+            tasks["compute"] = ProductTasks(CPU, effort).pair(dtype)
         return slowdowns(
             tasks,
             num_threads=torch.get_num_threads(),
