@@ -21,6 +21,7 @@ from flexpipe import __version__
 from flexpipe.cli.bench import bench
 from flexpipe.cli.demo import demo
 from flexpipe.cli.doctor import doctor
+from flexpipe.cli.profile import profile
 from flexpipe.cli.run import run
 from flexpipe.cli.sweep import sweep
 from flexpipe.errors import FlexpipeError
@@ -46,6 +47,7 @@ cli.add_command(demo)
 cli.add_command(bench)
 cli.add_command(sweep)
 cli.add_command(doctor)
+cli.add_command(profile)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
-
 from flexpipe.job.batcher import Entry
 from flexpipe.job.request import BadLine
 from flexpipe.job.spec import JobSpec
@@ -24,14 +22,14 @@ from flexpipe.memory.source import open_checkpoint
 from flexpipe.model.config import ModelConfig
 from flexpipe.model.families import read_config
 from flexpipe.model.matmul import multiplies_bfloat16_faster
-from flexpipe.plan.hardware import free_disk, free_memory, rss_bytes
+from flexpipe.plan.hardware import rss_bytes
 from flexpipe.plan.placement import model_tensors
 from flexpipe.plan.plan import Budgets, Plan, Planner, check_fits
 from flexpipe.plan.policy import Policy
 from flexpipe.plan.rule import advice, choose_plan
 from flexpipe.plan.tier import Tier
 from flexpipe.runtime.device import Device, open_device
-from flexpipe.units import GIB, MIB
+from flexpipe.runtime.usable import usable_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,19 +155,17 @@ def _compute_dtype(asked: str, device: Device, config: ModelConfig) -> str:
 
 def _budgets(spec: JobSpec, device: Device, offload: Path) -> Budgets:
     """What each tier may spend: what is free less a margin, or less where the user says so."""
-    overhead = rss_bytes()
-    host = free_memory() + overhead
-    cpu = _least(host - host // 50 - 64 * MIB, spec.given.get("cpu_mem"))
+    overhead, free = rss_bytes(), usable_memory(device, offload)
+    cpu = _least(free[Tier.CPU], spec.given.get("cpu_mem"))
     gpu = 0
     if device.has_streams:
-        free = torch.accelerator.get_memory_info(device.torch_device)[0]
-        gpu = _least(free - free // 20 - 256 * MIB, spec.given.get("gpu_mem"))
+        gpu = _least(free[Tier.GPU], spec.given.get("gpu_mem"))
     elif device.tier == Tier.GPU:
         assert spec.emulation is not None
         asked = spec.given.get("gpu_mem") or spec.emulation.memory_bytes or cpu // 2
         gpu = min(asked, cpu - overhead)
-        cpu = _least(min(cpu, host - host // 50 - 64 * MIB - gpu), spec.given.get("cpu_mem"))
-    disk = _least(max(0, free_disk(offload) - GIB), spec.given.get("disk_mem"))
+        cpu = _least(min(cpu, free[Tier.CPU] - gpu), spec.given.get("cpu_mem"))
+    disk = _least(free[Tier.DISK], spec.given.get("disk_mem"))
     return Budgets(gpu=gpu, cpu=cpu, disk=disk, overhead=overhead)
 
 

@@ -345,9 +345,16 @@ class CostModel:
         for piece in attention:
             flops = attend_flops(config, piece.attended)
             if piece.num_new == 1:
+                dense = rates.decode_attention_flops.get(self._dtype, math.inf)
+                kernel = (
+                    rates.decode_attention.get(f"{codec.bits}>{self._dtype}") if codec else None
+                )
+                if kernel is not None:  # it widens what it reads
+                    num_bytes = piece.attended * self.plan.token_bytes
+                    seconds += max(kernel.seconds(num_bytes), flops / dense)
+                    continue
                 curve = self._curve(rates.decode_attention, "decode_attention")
                 num_bytes = piece.attended * width * self.plan.compute_bytes
-                dense = rates.decode_attention_flops.get(self._dtype, math.inf)
                 seconds += max(curve.seconds(num_bytes), flops / dense)
             else:
                 curve = self._curve(rates.prefill_attention, "prefill_attention")
@@ -394,6 +401,9 @@ class CostModel:
         else:
             kind = f"{placed.codec.bits}>{self._dtype}"
             seconds = elements / self._rate(rates.widen, kind, "widen")
+        converted = rates.converted.get(self._dtype)
+        if converted is not None:
+            return seconds + flops / converted.rate(rows)
         size = min(elements, CONVERT_ELEMENTS)
         return seconds + flops / self._surface(rates.matmul).rate(size, rows)
 
