@@ -1,4 +1,5 @@
-"""What all tests share: where the checkout is, how hypothesis searches, how many threads torch has.
+"""What all tests share: where the checkout is, how hypothesis searches, how many threads torch
+has, which machine plans are made for.
 
 Nothing here imports torch, so the tests of the rooms without it stay quick.
 """
@@ -26,10 +27,10 @@ hypothesis.settings.load_profile("claims")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# predictions of tests come from one machine, which no test measures
-os.environ["FLEXPIPE_PROFILE"] = str(REPO / "tests" / "profile.yaml")
 # more threads than there are cores crawl; children inherit this
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+# nothing here, nor in a child, measures the machine it runs on
+os.environ["FLEXPIPE_PROFILE"] = str(REPO / "tests/profile.yaml")
 
 
 @pytest.fixture(scope="session")

@@ -3,40 +3,24 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from flexpipe.cli.options import Command, machine_options, model_options, policy_options
+from flexpipe.cli.options import (
+    machine_options,
+    model_options,
+    policy_options,
+    workload_options,
+)
 from flexpipe.job.bench import FORMATS, Format, Workload, block_rows, measure
 from flexpipe.job.spec import JobSpec
-
-_DEFAULTS = {name: item.default for name, item in Workload.__dataclass_fields__.items()}
-
-
-def _count(field: str, help: str, least: int = 1) -> Callable[[Command], Command]:
-    return click.option(
-        f"--{field.replace('_', '-')}",
-        type=click.IntRange(min=least),
-        default=_DEFAULTS[field],
-        show_default=True,
-        help=help,
-    )
 
 
 @click.command()
 @model_options
-@_count("prompt_len", "Tokens of each prompt.")
-@_count("gen_len", "Tokens to generate for each prompt; end tokens are ignored.")
-@click.option(
-    "--num-prompts",
-    type=click.IntRange(min=1),
-    help="Number of prompts (default: one block, --gpu-batch-size times --num-gpu-batches).",
-)
-@_count("warmup", "Runs before the first that counts.", least=0)
-@_count("repetitions", "Runs that count.")
+@workload_options
 @click.option(
     "--format",
     "format",

@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from flexpipe.errors import FlexpipeError
+from flexpipe.job.bench import Workload
 from flexpipe.job.spec import LOAD_FORMATS, TRACE_SUFFIXES
 from flexpipe.plan.hardware import Emulation
 from flexpipe.plan.policy import (
@@ -156,6 +157,37 @@ def model_options(command: Command) -> Command:
     return _decorated(command, _MODEL_OPTIONS)
 
 
+_LOAD_DEFAULTS = {name: item.default for name, item in Workload.__dataclass_fields__.items()}
+
+
+def _load_count(field: str, help: str, least: int = 1) -> Callable[[Command], Command]:
+    return click.option(
+        f"--{field.replace('_', '-')}",
+        type=click.IntRange(min=least),
+        default=_LOAD_DEFAULTS[field],
+        show_default=True,
+        help=help,
+    )
+
+
+_WORKLOAD_OPTIONS = (
+    _load_count("prompt_len", "Tokens of each prompt."),
+    _load_count("gen_len", "Tokens to generate for each prompt; end tokens are ignored."),
+    click.option(
+        "--num-prompts",
+        type=_COUNT,
+        help="Number of prompts (default: one block, --gpu-batch-size times --num-gpu-batches).",
+    ),
+    _load_count("warmup", "Runs before the first that counts.", least=0),
+    _load_count("repetitions", "Runs that count."),
+)
+
+
+def workload_options(command: Command) -> Command:
+    """Add what to measure: the fields of `Workload`, where num_prompts may be None."""
+    return _decorated(command, _WORKLOAD_OPTIONS)
+
+
 _DEVICE_OPTIONS = (
     click.option(
         "--device",
@@ -177,11 +209,23 @@ _DEVICE_OPTIONS = (
         help="Directory for what lies on disk; made if it is missing, emptied after the run.",
     ),
 )
+
+
+def device_options(command: Command) -> Command:
+    """Add where to run: device, emulation, offload_dir."""
+
+    @functools.wraps(command)
+    def with_device(device: str | None, emulation: Emulation | None, **others: Any) -> None:
+        implied = "auto" if emulation is None else "emulated"
+        command(device=device or implied, emulation=emulation, **others)
+
+    return _decorated(with_device, _DEVICE_OPTIONS)
+
+
 _JSON_OPTION = click.option(
     "--json", "as_json", is_flag=True, help="End with the report as one JSON line."
 )
-_MACHINE_OPTIONS = (
-    *_DEVICE_OPTIONS,
+_REPORT_OPTIONS = (
     click.option(
         "--trace",
         "trace_path",
@@ -195,18 +239,7 @@ _MACHINE_OPTIONS = (
 
 def machine_options(command: Command) -> Command:
     """Add where to run and what to show: device, emulation, offload_dir, trace_path, as_json."""
-    return _decorated(_with_device(command), _MACHINE_OPTIONS)
-
-
-def _with_device(command: Command) -> Command:
-    """The device that `--emulate` implies."""
-
-    @functools.wraps(command)
-    def with_device(device: str | None, emulation: Emulation | None, **others: Any) -> None:
-        implied = "auto" if emulation is None else "emulated"
-        command(device=device or implied, emulation=emulation, **others)
-
-    return with_device
+    return device_options(_decorated(command, _REPORT_OPTIONS))
 
 
 _PATH = click.Path(path_type=Path)
@@ -238,7 +271,6 @@ _INQUIRY_OPTIONS = (
         metavar="NAME|FILE",
         help="A machine described on paper, such as t4-gcp (default: this machine).",
     ),
-    *_DEVICE_OPTIONS,
     _JSON_OPTION,
 )
 
@@ -253,7 +285,7 @@ def inquiry_options(command: Command) -> Command:
         asked = {item.name: options.pop(item.name) for item in fields(Inquiry)}
         command(inquiry=Inquiry(**asked), **options)
 
-    return _decorated(_with_device(with_inquiry), _INQUIRY_OPTIONS)
+    return device_options(_decorated(with_inquiry, _INQUIRY_OPTIONS))
 
 
 def _decorated(command: Command, options: tuple[Callable[[Command], Command], ...]) -> Command:

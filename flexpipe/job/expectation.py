@@ -7,7 +7,7 @@ once more for the lengths that came, and the report says so.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from flexpipe.errors import FlexpipeError
@@ -15,11 +15,11 @@ from flexpipe.job.predicted import Predicted
 from flexpipe.plan.block import Need
 from flexpipe.plan.hardware import Emulation
 from flexpipe.plan.plan import Plan
-from flexpipe.policy.predict import Prediction, predict
+from flexpipe.policy.predict import Effort, Prediction, predict
 from flexpipe.policy.profile import Profile
 from flexpipe.units import format_seconds
 
-EXACT_OPS = 10_000  # half a second's worth
+EFFORT = Effort(exact_ops=10_000, sampled_ops=10_000)  # half a second's worth
 
 log = logging.getLogger("flexpipe")
 
@@ -45,12 +45,11 @@ class Expectation:
         plan: Plan,
         needs: Sequence[Need],
         order: Sequence[int],
-        profile_of: Callable[[], Profile],
+        profile: Profile,
         emulation: Emulation | None,
     ) -> Expectation | None:
         """None where nothing can be predicted; a line in the log says why."""
         try:
-            profile = profile_of()
             prediction = _predict(plan, needs, order, profile, emulation)
         except FlexpipeError as error:
             log.info("nothing is predicted: %s", error)
@@ -83,7 +82,7 @@ def _predict(
     profile: Profile,
     emulation: Emulation | None,
 ) -> Prediction:
-    return predict(plan, needs, profile, emulation, order=order, exact_ops=EXACT_OPS)
+    return predict(plan, needs, profile, emulation, order=order, effort=EFFORT)
 
 
 def eta(prediction: Prediction) -> str:

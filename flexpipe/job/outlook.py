@@ -8,7 +8,6 @@ at hand or the tokens of a text are asked for.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +32,6 @@ from flexpipe.policy.profile import Profile, read_profile
 from flexpipe.preset import hardware_file
 from flexpipe.units import MIB
 
-PROFILE_VARIABLE = "FLEXPIPE_PROFILE"
 PROCESS_BYTES = 512 * MIB  # a Python process with torch, before anything is loaded
 _TYPICAL = (4096.0 * 4096.0, 256.0)  # a weight's elements and the rows that meet it
 
@@ -111,6 +109,7 @@ class Outlook:
         """On this machine, as a run would find it now."""
         from flexpipe.job.prepare import budgets, dtype_to_compute
         from flexpipe.runtime.device import open_device
+        from flexpipe.runtime.profile_cache import machine_profile
 
         opened = open_device(device, emulation)
         Policy(**given).check_device(opened.name)
@@ -118,7 +117,7 @@ class Outlook:
         return cls(
             shape=shape,
             needs=needs,
-            profile=profile_here(opened.name, offload_dir, (dtype,)),
+            profile=machine_profile(opened.name, offload_dir, (dtype,)),
             emulation=emulation,
             device=opened.name,
             device_tier=opened.tier,
@@ -205,14 +204,6 @@ class Inquiry:
 def _option(field: str) -> str:
     word = {"input_path": "input-file", "emulation": "emulate"}.get(field, field)
     return f"--{word.replace('_', '-')}"
-
-
-def profile_here(device: str, offload_dir: Path, dtypes: Sequence[str]) -> Profile:
-    """What this machine can do, from the file that FLEXPIPE_PROFILE names."""
-    path = os.environ.get(PROFILE_VARIABLE)
-    if not path:
-        raise PolicyError(f"this machine has no profile; name one in {PROFILE_VARIABLE}")
-    return read_profile(Path(path))
 
 
 def needs_of_file(path: Path, shape: Shape, params: SamplingParams) -> list[Need]:

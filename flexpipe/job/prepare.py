@@ -12,8 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from flexpipe.job.batcher import Entry
 from flexpipe.job.request import BadLine
 from flexpipe.job.spec import JobSpec
@@ -25,14 +23,14 @@ from flexpipe.memory.source import open_checkpoint
 from flexpipe.model.config import ModelConfig
 from flexpipe.model.families import read_config
 from flexpipe.model.matmul import multiplies_bfloat16_faster
-from flexpipe.plan.hardware import Emulation, free_disk, free_memory, rss_bytes
+from flexpipe.plan.hardware import Emulation, rss_bytes
 from flexpipe.plan.placement import model_tensors
 from flexpipe.plan.plan import Budgets, Plan, Planner, check_fits
 from flexpipe.plan.policy import Policy
 from flexpipe.plan.rule import advice, choose_plan
 from flexpipe.plan.tier import Tier
 from flexpipe.runtime.device import Device, open_device
-from flexpipe.units import GIB, MIB
+from flexpipe.runtime.usable import usable_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,19 +159,17 @@ def budgets(
     given: Mapping[str, Any], device: Device, emulation: Emulation | None, offload: Path
 ) -> Budgets:
     """What each tier may spend: what is free less a margin, or less where the user says so."""
-    overhead = rss_bytes()
-    host = free_memory() + overhead
-    cpu = _least(host - host // 50 - 64 * MIB, given.get("cpu_mem"))
+    overhead, free = rss_bytes(), usable_memory(device, offload)
+    cpu = _least(free[Tier.CPU], given.get("cpu_mem"))
     gpu = 0
     if device.has_streams:
-        free = torch.accelerator.get_memory_info(device.torch_device)[0]
-        gpu = _least(free - free // 20 - 256 * MIB, given.get("gpu_mem"))
+        gpu = _least(free[Tier.GPU], given.get("gpu_mem"))
     elif device.tier == Tier.GPU:
         assert emulation is not None
         asked = given.get("gpu_mem") or emulation.memory_bytes or cpu // 2
         gpu = min(asked, cpu - overhead)
-        cpu = _least(min(cpu, host - host // 50 - 64 * MIB - gpu), given.get("cpu_mem"))
-    disk = _least(max(0, free_disk(offload) - GIB), given.get("disk_mem"))
+        cpu = _least(min(cpu, free[Tier.CPU] - gpu), given.get("cpu_mem"))
+    disk = _least(free[Tier.DISK], given.get("disk_mem"))
     return Budgets(gpu=gpu, cpu=cpu, disk=disk, overhead=overhead)
 
 

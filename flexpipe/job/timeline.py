@@ -16,7 +16,7 @@ from flexpipe.job.table import plain_table
 from flexpipe.plan.plan import Plan
 from flexpipe.plan.tier import Tier
 from flexpipe.policy.predict import Prediction, first_spans, predict
-from flexpipe.schedule.op import Kind
+from flexpipe.schedule.op import Kind, Lane
 from flexpipe.schedule.simulate import SimulatedSpan
 from flexpipe.schedule.trace import write_trace
 from flexpipe.units import format_bytes, format_seconds
@@ -70,7 +70,7 @@ class Timeline:
             as_options(policy.to_dict()),
             plain_table(("predicted", "time"), self._times()),
             plain_table(("lane", "busy"), self._lanes()),
-            plain_table(("link", "moved"), self._links()),
+            plain_table(("link", "moved", "busy"), self._links()),
             plain_table(("tier", "planned", "budget"), self._tiers()),
             f"{made.generated_tokens_per_s:.3g} tokens/s; {made.bottleneck} is the bottleneck: "
             f"it alone needs {format_seconds(made.bound_s)}, {made.bound_share:.0%} of prefill "
@@ -89,13 +89,16 @@ class Timeline:
         ]
 
     def _lanes(self) -> list[tuple[str, str]]:
-        run_s = self.prediction.run_s
-        busy = self.prediction.lane_busy_s.items()
-        return [(name, f"{seconds / run_s:.0%}") for name, seconds in busy if seconds]
+        return [(lane.value, self._busy(lane.value)) for lane in Lane if self._busy(lane.value)]
 
-    def _links(self) -> list[tuple[str, str]]:
+    def _links(self) -> list[tuple[str, str, str]]:
         moved = self.prediction.link_bytes.items()
-        return [(name, format_bytes(num_bytes)) for name, num_bytes in moved if num_bytes]
+        return [(name, format_bytes(size), self._busy(name)) for name, size in moved if size]
+
+    def _busy(self, name: str) -> str:
+        """Share of the run that a lane's or a link's work takes; nothing where it has none."""
+        busy_s, run_s = self.prediction.busy_s.get(name, 0.0), self.prediction.run_s
+        return f"{busy_s / run_s:.0%}" if busy_s else ""
 
     def _tiers(self) -> list[tuple[str, str, str]]:
         planned, budgets = self.prediction.tier_bytes, self.plan.budgets

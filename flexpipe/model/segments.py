@@ -60,6 +60,7 @@ __all__ = [
     "logits_slice",
     "mlp",
     "mlp_half",
+    "norm",
     "out",
     "qkv",
 ]
@@ -191,7 +192,7 @@ def qkv(
     x_TH = hidden_TH
     if not config.post_norm:
         x_TH = ws.take(tuple(hidden_TH.shape), hidden_TH.dtype)
-        _norm(hidden_TH, weights.attn_norm, weights.attn_norm_bias, x_TH, config, ws)
+        norm(hidden_TH, weights.attn_norm, weights.attn_norm_bias, x_TH, config, ws)
     multiply(x_TH, weights.q_proj, weights.q_bias, flat[:, :q_end], ws)
     multiply(x_TH, weights.k_proj, weights.k_bias, flat[:, q_end:k_end], ws)
     multiply(x_TH, weights.v_proj, weights.v_bias, flat[:, k_end:], ws)
@@ -252,7 +253,7 @@ def out(
     """Adds the projected attention to the hidden states."""
     multiply(attn_TA, weights.o_proj, weights.o_bias, hidden_TH, ws, add=True)
     if config.post_norm:
-        _norm(hidden_TH, weights.attn_norm, weights.attn_norm_bias, hidden_TH, config, ws)
+        norm(hidden_TH, weights.attn_norm, weights.attn_norm_bias, hidden_TH, config, ws)
 
 
 def mlp(hidden_TH: Tensor, weights: LayerWeights, config: ModelConfig, ws: Workspace) -> None:
@@ -274,7 +275,7 @@ def _mlp(hidden_TH: Tensor, weights: LayerWeights, config: ModelConfig, ws: Work
     x_TH = hidden_TH
     if not config.post_norm:
         x_TH = ws.take(tuple(hidden_TH.shape), hidden_TH.dtype)
-        _norm(hidden_TH, weights.mlp_norm, weights.mlp_norm_bias, x_TH, config, ws)
+        norm(hidden_TH, weights.mlp_norm, weights.mlp_norm_bias, x_TH, config, ws)
     if config.gated_mlp:
         wide = activated(x_TH, weights.gate_proj, weights.gate_bias, config.activation, ws)
         wide.mul_(activated(x_TH, weights.up_proj, weights.up_bias, None, ws))
@@ -282,7 +283,7 @@ def _mlp(hidden_TH: Tensor, weights: LayerWeights, config: ModelConfig, ws: Work
         wide = activated(x_TH, weights.up_proj, weights.up_bias, config.activation, ws)
     multiply(wide, weights.down_proj, weights.down_bias, hidden_TH, ws, add=True)
     if config.post_norm:
-        _norm(hidden_TH, weights.mlp_norm, weights.mlp_norm_bias, hidden_TH, config, ws)
+        norm(hidden_TH, weights.mlp_norm, weights.mlp_norm_bias, hidden_TH, config, ws)
     ws.release(mark)
 
 
@@ -294,7 +295,7 @@ def head_input(
     x_RE = ws.take((num_rows, config.hidden_size), dtype)
     torch.index_select(hidden_TH, 0, index_R, out=x_RE)
     if config.final_norm:
-        _norm(x_RE, weights.final_norm, weights.final_norm_bias, x_RE, config, ws)
+        norm(x_RE, weights.final_norm, weights.final_norm_bias, x_RE, config, ws)
     if config.has_projections:
         projected = ws.take((num_rows, config.input_size), dtype)
         multiply(x_RE, weights.project_out, None, projected, ws)
@@ -403,7 +404,7 @@ def _turn(x_TND: Tensor, batch: Batch, ws: Workspace) -> None:
     ws.release(mark)
 
 
-def _norm(
+def norm(
     x_TH: Tensor,
     weight_H: Tensor | None,
     bias_H: Tensor | None,
@@ -411,7 +412,7 @@ def _norm(
     config: ModelConfig,
     ws: Workspace,
 ) -> None:
-    """`out_TH` may be `x_TH` itself."""
+    """The model's kind of norm; `out_TH` may be `x_TH` itself."""
     if config.norm == "rms":
         _rms_norm(x_TH, weight_H, out_TH, config.norm_eps, ws)
     else:

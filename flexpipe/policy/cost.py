@@ -98,7 +98,7 @@ class CostModel:
         self._shapes: dict[int, tuple[MicroBatch, Shape]] = {}
         self._products: dict[tuple[int, Segment | None, int], float] = {}
         self._classes: dict[object, int] = {}
-        self._class_of = [self._classify(layer) for layer in plan.layers]
+        self._class_of: dict[int, int] = {}  # by position
         self._costs: dict[object, Cost] = {}
         self._price: Mapping[Kind, Callable[[Op], Cost]] = {
             Kind.READ_WEIGHT: self._read_weight,
@@ -153,6 +153,23 @@ class CostModel:
         if known is None or known[0] is not batch:
             known = self._shapes[batch.index] = (batch, _shape(batch, self.plan, self._windows))
         return known[1]
+
+    @cached_property
+    def alike(self) -> list[tuple[LayerPlan, int]]:
+        """Layers that cost micro-batches the same: the first of each kind, and their number."""
+        counts: dict[tuple[int, int | None, bool], int] = defaultdict(int)
+        first: dict[tuple[int, int | None, bool], LayerPlan] = {}
+        last = self.plan.layers[-1]
+        for layer in self.plan.layers:
+            window = None if layer.layer is None else self._config.window(layer.layer)
+            key = self._class(layer.position), window, layer is last
+            counts[key] += 1
+            first.setdefault(key, layer)
+        return [(layer, counts[key]) for key, layer in first.items()]
+
+    def know(self, batch: MicroBatch, shape: Shape) -> None:
+        """Take `batch` for one of this shape, whatever its rows."""
+        self._shapes[batch.index] = (batch, shape)
 
     # moves
 
@@ -332,9 +349,16 @@ class CostModel:
         for piece in attention:
             flops = attend_flops(config, piece.attended)
             if piece.num_new == 1:
+                dense = rates.decode_attention_flops.get(self._dtype, math.inf)
+                kernel = (
+                    rates.decode_attention.get(f"{codec.bits}>{self._dtype}") if codec else None
+                )
+                if kernel is not None:  # it widens what it reads
+                    num_bytes = piece.attended * self.plan.token_bytes
+                    seconds += max(kernel.seconds(num_bytes), flops / dense)
+                    continue
                 curve = self._curve(rates.decode_attention, "decode_attention")
                 num_bytes = piece.attended * width * self.plan.compute_bytes
-                dense = rates.decode_attention_flops.get(self._dtype, math.inf)
                 seconds += max(curve.seconds(num_bytes), flops / dense)
             else:
                 curve = self._curve(rates.prefill_attention, "prefill_attention")
@@ -347,7 +371,7 @@ class CostModel:
 
     def _products_s(self, position: int, segment: Segment | None, rows: int) -> float:
         """A layer's products with `rows` tokens, conversion of their weights included."""
-        key = self._class_of[position], segment, rows
+        key = self._class(position), segment, rows
         seconds = self._products.get(key)
         if seconds is None:
             layer = self.plan.layers[position]
@@ -381,6 +405,9 @@ class CostModel:
         else:
             kind = f"{placed.codec.bits}>{self._dtype}"
             seconds = elements / self._rate(rates.widen, kind, "widen")
+        converted = rates.converted.get(self._dtype)
+        if converted is not None:
+            return seconds + flops / converted.rate(rows)
         size = min(elements, CONVERT_ELEMENTS)
         return seconds + flops / self._surface(rates.matmul).rate(size, rows)
 
@@ -415,15 +442,19 @@ class CostModel:
             "measure it with flexpipe profile, or add it to the hardware file"
         )
 
-    def _classify(self, layer: LayerPlan) -> int:
+    def _class(self, position: int) -> int:
         """Layers whose products cost the same, by number."""
+        if position in self._class_of:
+            return self._class_of[position]
+        layer = self.plan.layers[position]
         key = (
             layer.kind,
-            layer.vocab and layer.vocab[1] - layer.vocab[0],
+            layer.vocab and (layer.vocab[0] == 0, layer.vocab[1] - layer.vocab[0]),
             *((part.shape, part.tensor.dtype, part.tensor.codec, True) for part in layer.resident),
             *((part.shape, part.tensor.dtype, part.tensor.codec) for part in layer.streamed.parts),
         )
-        return self._classes.setdefault(key, len(self._classes))
+        made = self._class_of[position] = self._classes.setdefault(key, len(self._classes))
+        return made
 
 
 def _shape(batch: MicroBatch, plan: Plan, windows: tuple[int | None, ...]) -> Shape:

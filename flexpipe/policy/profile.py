@@ -51,15 +51,18 @@ class Rates:
     """What one compute device does per second.
 
     Of products: FLOPs by the weight's elements and the rows that meet it, per compute dtype; those
-    of a weight that stays at home may be `packed`. Of attention: FLOPs of new tokens by the new
-    tokens per row, bytes of KV cache for decoding rows by the bytes of one call (and FLOPs where
-    many query heads share a head of the cache). Numbers per second for what goes over them once:
-    `elementwise` by their count, conversion "from>to", compressed weights widened "4>bfloat16", new
-    keys and values compressed to so many bits, logits sampled from.
+    of a weight that stays at home may be `packed`, and `converted`, by rows, is with a slice that
+    was converted a moment ago and lies in the caches. Of attention: FLOPs of new tokens by the new
+    tokens per row, bytes of KV cache for decoding rows by the bytes of one call, of a compressed
+    cache under "4>float32" (and FLOPs where many query heads share a head of the cache). Numbers
+    per second for what goes over them once: `elementwise` by their count, conversion "from>to",
+    compressed weights widened "4>bfloat16", new keys and values compressed to so many bits, logits
+    sampled from.
     """
 
     matmul: Mapping[str, Surface]
     packed: Mapping[str, Surface] = field(default_factory=dict)
+    converted: Mapping[str, Curve] = field(default_factory=dict)
     prefill_attention: Mapping[str, Curve] = field(default_factory=dict)
     decode_attention: Mapping[str, Curve] = field(default_factory=dict)
     decode_attention_flops: Mapping[str, float] = field(default_factory=dict)
@@ -184,7 +187,7 @@ def _rates(where: str, content: Any) -> Rates:
                 str(dtype): _surface(f"{where}.{name}.{dtype}", some)
                 for dtype, some in _known(item, f"{where}.{name}").items()
             }
-        elif name in ("prefill_attention", "decode_attention", "elementwise"):
+        elif name in _CURVE_UNITS:
             unit = _CURVE_UNITS[name]
             read[name] = {
                 str(dtype): _curve(f"{where}.{name}.{dtype}", some, *unit)
@@ -270,6 +273,7 @@ def _item(read: Callable[[Any], float], where: str, value: Any) -> Any:
 
 
 _CURVE_UNITS: Mapping[str, tuple[Callable[[str], float], Callable[[Any], float]]] = {
+    "converted": (parse_flops, float),
     "prefill_attention": (parse_flops, float),
     "decode_attention": (parse_rate, parse_bytes),
     "elementwise": (parse_items, parse_items),
@@ -328,6 +332,7 @@ def _rates_lines(rates: Rates) -> list[str]:
             for size, curve in zip(surface.sizes, surface.curves, strict=True):
                 lines.append(f"      {_count(size)}: {_points(curve, _number, format_flops)}")
     curves: tuple[tuple[str, str, Any, Any], ...] = (
+        ("converted", "with a slice of a weight that was just converted", _number, format_flops),
         ("prefill_attention", "by new tokens per row", _number, format_flops),
         ("decode_attention", "KV cache read, by the bytes of one call", format_bytes, format_rate),
         ("elementwise", "numbers per pass, by their count", _count, format_items),

@@ -121,7 +121,7 @@ def test_the_prediction_stands_beside_the_median(bench: Bench, capsys: Capture) 
         assert figures[name]["error"] == pytest.approx(
             figures[name]["predicted"] / data["median"][name] - 1
         )
-    assert data["prediction"]["profile"] == "tests"
+    assert data["prediction"]["generated_tokens_per_s"] > 0
 
 
 def test_csv_has_a_line_per_repetition(bench: Bench, capsys: Capture) -> None:

@@ -25,6 +25,7 @@ from flexpipe.schedule.op import Kind, Op
 from tests.conftest import REPO
 from tests.hf import ragged_prompts
 
+PROFILE = yaml.safe_load((REPO / "tests" / "profile.yaml").read_text())
 LENGTHS = (12, 5, 30, 9, 21)
 MOVING = {**percent_shares([0, 60, 0, 100, 0, 100]), "micro_batch_size": 2}
 
@@ -98,7 +99,7 @@ def test_the_report_compares_times_links_and_tiers(spec) -> None:
 def test_data_and_table_of_the_report_hold_the_comparison(spec) -> None:
     report: Report = run_job(spec())
     data = json.loads(json.dumps(report.to_dict(), allow_nan=False))
-    assert data["prediction"]["profile"] == "tests"
+    assert data["prediction"]["profile"] == PROFILE["name"]
     assert {"name", "predicted", "measured", "error"} == set(data["prediction"]["figures"][0])
     assert data["latency_s"] == report.latency_s
     lines = [line.split() for line in report.render().splitlines()]
@@ -163,9 +164,9 @@ def test_a_job_that_cannot_be_predicted_runs_and_says_why(
     spec, caplog, monkeypatch, tmp_path
 ) -> None:
     caplog.set_level(logging.INFO, "flexpipe")
-    profile = yaml.safe_load((REPO / "tests" / "profile.yaml").read_text())
-    del profile["compute"]["sample"]
-    (tmp_path / "profile.yaml").write_text(yaml.safe_dump(profile))
+    compute = {key: rates for key, rates in PROFILE["compute"].items() if key != "sample"}
+    lacking = yaml.safe_dump({**PROFILE, "compute": compute})
+    (tmp_path / "profile.yaml").write_text(lacking)
     monkeypatch.setenv("FLEXPIPE_PROFILE", str(tmp_path / "profile.yaml"))
     report: Report = run_job(spec())
     assert report.num_finished == len(LENGTHS) and report.prediction is None
@@ -185,7 +186,7 @@ def test_the_eta_speaks_of_time_in_words() -> None:
         num_steps=10,
         bound_s=3600.0,
         bottleneck="h2d",
-        lane_busy_s={},
+        busy_s={},
         link_bytes={},
         tier_bytes={},
         num_simulated=1,

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from flexpipe.errors import FlexpipeError, InputError, ModelError, PlanError, PolicyError
-from flexpipe.job.outlook import Inquiry, Outlook, Shape, profile_here
+from flexpipe.job.outlook import Inquiry, Outlook, Shape
 from flexpipe.plan.block import Need
 from flexpipe.plan.policy import Policy, percent_shares
 from flexpipe.plan.tier import Tier
@@ -153,13 +153,6 @@ def test_a_gpu_share_on_a_cpu_on_paper_is_refused() -> None:
     given = percent_shares([50, 50, 0, 100, 0, 100])
     with pytest.raises(PolicyError, match=r"weights\.gpu is 0\.5"):
         Outlook.on_paper(Shape.open("opt-6.7b"), NEEDS, str(REPO / "tests" / "profile.yaml"), given)
-
-
-def test_this_machine_is_what_the_environment_says(monkeypatch, tmp_path) -> None:
-    assert profile_here("cpu", tmp_path, ("float32",)).name == "tests"
-    monkeypatch.setenv("FLEXPIPE_PROFILE", str(tmp_path / "none.yaml"))
-    with pytest.raises(PolicyError, match=r"none\.yaml"):
-        profile_here("cpu", tmp_path, ("float32",))
 
 
 def test_a_machine_on_paper_needs_no_torch() -> None:

@@ -1,0 +1,81 @@
+"""How much a profile measures: sizes, and the time that each of them gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flexpipe.units import MIB
+
+KIB = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """Sizes to measure at, seconds per window, and rounds.
+
+    `weights` are out and in features, the smallest first, `rows` what meets them, as far as a
+    product stays within `most_flops`. `prefill` is new tokens per row, `decode` bytes of KV cache,
+    `compressed_tokens` tokens of a compressed one, `norm` tokens of 2048 numbers. `copies` and
+    `transfers` are bytes that links move at once, `file_bytes` the file on disk they move from and
+    to, `held_bytes` what is rotated over so that nothing comes from a processor's caches. Pairs of
+    activities have windows of their own; `op_steps` are steps of the model that shows what ops
+    cost.
+    """
+
+    quick: bool
+    rounds: int
+    window_s: float
+    weights: tuple[tuple[int, int], ...]
+    rows: tuple[int, ...]
+    most_flops: float
+    prefill: tuple[int, ...]
+    decode: tuple[int, ...]
+    compressed_tokens: tuple[int, ...]
+    norm: tuple[int, ...]
+    copies: tuple[int, ...]
+    transfers: tuple[int, ...]
+    file_bytes: int
+    held_bytes: int
+    pair_windows: int
+    pair_s: float
+    op_steps: int
+
+
+FULL = Effort(
+    quick=False,
+    rounds=3,
+    window_s=0.05,
+    weights=((512, 512), (1024, 1536), (4096, 4096), (14336, 4096)),
+    rows=(1, 8, 32, 64, 128, 256, 1024, 4096),
+    most_flops=4e10,
+    prefill=(64, 256, 1024, 2048),
+    decode=(256 * KIB, 2 * MIB, 16 * MIB, 64 * MIB, 256 * MIB),
+    compressed_tokens=(128, 1024, 8192),
+    norm=(1, 16, 128, 1024, 4096),
+    copies=(64 * KIB, MIB, 16 * MIB, 256 * MIB),
+    transfers=(64 * KIB, MIB, 16 * MIB, 128 * MIB),
+    file_bytes=2048 * MIB,
+    held_bytes=256 * MIB,
+    pair_windows=5,
+    pair_s=0.1,
+    op_steps=60,
+)
+QUICK = Effort(
+    quick=True,
+    rounds=2,
+    window_s=0.015,
+    weights=((512, 512), (1024, 1536), (4096, 4096)),
+    rows=(1, 8, 64, 256, 1024),
+    most_flops=1e10,
+    prefill=(64, 256, 1024),
+    decode=(256 * KIB, 16 * MIB, 128 * MIB),
+    compressed_tokens=(1024,),
+    norm=(1, 128, 4096),
+    copies=(64 * KIB, MIB, 16 * MIB, 128 * MIB),
+    transfers=(64 * KIB, MIB, 16 * MIB, 128 * MIB),
+    file_bytes=1024 * MIB,
+    held_bytes=128 * MIB,
+    pair_windows=3,
+    pair_s=0.06,
+    op_steps=30,
+)

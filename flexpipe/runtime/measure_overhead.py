@@ -1,0 +1,194 @@
+"""What an op costs beside its work: a model of next to no work, run by the engine itself.
+
+Times come from the recorder of real runs, of one row and of many, with everything beside the device
+and with a KV cache that crosses the host links. `commit` reaches to the first layer of the next
+step, less the op that embeds: in between the step is formed and its first ops are built, and what
+its layers share is built by that op.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flexpipe.memory.dummy import dummy_tensors
+from flexpipe.model.families import read_config
+from flexpipe.plan.block import Need
+from flexpipe.plan.hardware import Emulation
+from flexpipe.plan.layer import LayerKind
+from flexpipe.plan.plan import Budgets, Plan, Planner
+from flexpipe.plan.policy import Policy, Shares
+from flexpipe.plan.tier import Tier
+from flexpipe.runtime.device import open_device
+from flexpipe.runtime.executor import execute
+from flexpipe.runtime.record import Recorder, Span
+from flexpipe.runtime.stage import SampledToken, Stage
+from flexpipe.schedule.op import Kind
+from flexpipe.schedule.step import MicroBatch, Row
+
+MANY_ROWS = 32
+_MODEL = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "rope_theta": 10000.0,
+}
+_ROOMY = Budgets(gpu=2**50, cpu=2**50, disk=2**50)
+_FAST = Emulation(h2d_bytes_per_s=1e12, d2h_bytes_per_s=1e12)
+_OTHER = (Kind.SAMPLE, Kind.FETCH_TOKENS)
+_MOVES = (Kind.LOAD_CACHE, Kind.STORE_CACHE)
+
+
+def measure_overheads(device: str, directory: Path, num_steps: int) -> dict[str, float]:
+    """Seconds for all of `flexpipe.policy.profile.OVERHEADS` but "read".
+
+    `directory` takes the model's weights. On a CPU moves are those of the emulated accelerator.
+    """
+    away = "emulated" if device == "cpu" else device
+
+    def run(name: str, home: Tier, rows: int) -> _Run:
+        policy = _policy(home, Tier.CPU if name == "cpu" else Tier.GPU, rows)
+        return _Run.make(name, directory, policy, num_steps)
+
+    beside = Tier.CPU if device == "cpu" else Tier.GPU
+    one, many = (run(device, beside, rows) for rows in (1, MANY_ROWS))
+    moving, moving_many = (run(away, Tier.CPU, rows) for rows in (1, MANY_ROWS))
+    layer_s, hop_s = one.median_s(one.is_layer), moving.hop_s()
+    commit_s, row_s = _split(*(each.commit_s() - hop_s - layer_s for each in (one, many)))
+    move_s, copy_s = _split(*(each.median_s(_is_move) for each in (moving, moving_many)))
+    return {
+        "layer": layer_s,
+        "other": one.median_s(one.is_other),
+        "move": move_s + copy_s,
+        "copy": copy_s,
+        "hop": hop_s,
+        "commit": commit_s,
+        "commit_row": row_s,
+    }
+
+
+def _split(one_s: float, many_s: float) -> tuple[float, float]:
+    """What an op costs without rows, and per row."""
+    per_row_s = max(0.0, many_s - one_s) / (MANY_ROWS - 1)
+    return max(0.0, one_s - per_row_s), per_row_s
+
+
+def _policy(home: Tier, beside: Tier, rows: int) -> Policy:
+    """Weights and KV cache at `home`, the hidden beside the device."""
+    at_home, near = Shares(**{home.value: 1.0}), Shares(**{beside.value: 1.0})
+    return Policy(weights=at_home, kv_cache=at_home, hidden=near, micro_batch_size=rows)
+
+
+def _is_move(span: Span) -> bool:
+    return span.op.kind in _MOVES
+
+
+class _Rows:
+    """One micro-batch of rows that decode for some steps: the least that a job must do."""
+
+    def __init__(self, num_rows: int, num_steps: int) -> None:
+        self._next: tuple[Row, ...] | None = tuple(
+            Row(place, place, 0, (3, 4), True) for place in range(num_rows)
+        )
+        self._num_steps = num_steps
+
+    def steps(self, index: int) -> Iterator[MicroBatch | None] | None:
+        return None if index == self._num_steps else self._step()
+
+    def _step(self) -> Iterator[MicroBatch | None]:
+        while self._next is None:
+            yield None
+        rows, self._next = self._next, None
+        yield MicroBatch(0, rows)
+
+    def commit(self, batch: MicroBatch, sampled: Sequence[SampledToken]) -> None:
+        self._next = tuple(
+            Row(row.request, row.place, row.num_context + row.num_new, (one.token,), True)
+            for row, one in zip(batch.rows, sampled, strict=True)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A run's plan and the times of its ops, by op."""
+
+    plan: Plan
+    spans: Mapping[int, Span]
+
+    @classmethod
+    def make(cls, device_name: str, directory: Path, policy: Policy, num_steps: int) -> _Run:
+        device = open_device(device_name, _FAST if device_name == "emulated" else None)
+        config = read_config(_MODEL)
+        plan = Planner(
+            config,
+            [Need(2, num_steps)] * policy.micro_batch_size,
+            dummy_tensors(config, cache_dir=directory),
+            _ROOMY,
+            device_tier=device.tier,
+            compute_dtype="float32",
+        )(policy)
+        rows = _Rows(policy.micro_batch_size, num_steps)
+        recorder = Recorder(keep_spans=True)
+        stage = Stage(plan, device, kv_file=None, hidden_file=None, commit=rows.commit)
+        try:
+            stage.load(lambda num_bytes: None)
+            execute(plan, device, stage, rows.steps, recorder)
+        finally:
+            stage.close()
+        return cls(plan, {span.op.id: span for span in recorder.spans})
+
+    def median_s(self, wanted: Callable[[Span], bool]) -> float:
+        """Of an op's time, prefill left out."""
+        return statistics.median(
+            span.end_s - span.start_s
+            for span in self.spans.values()
+            if span.op.step and wanted(span)
+        )
+
+    def is_layer(self, span: Span) -> bool:
+        decoder = self.plan.layers[span.op.layer].kind == LayerKind.DECODER
+        return span.op.kind == Kind.COMPUTE and decoder
+
+    def is_other(self, span: Span) -> bool:
+        return span.op.kind in _OTHER or (span.op.kind == Kind.COMPUTE and not self.is_layer(span))
+
+    def hop_s(self) -> float:
+        """From an op's end to the start of one that waited for it, and for nothing else, on
+        another lane."""
+        return statistics.median(self._hops())
+
+    def _hops(self) -> Iterator[float]:
+        free_at: dict[object, float] = {}
+        for span in sorted(self.spans.values(), key=lambda span: span.start_s):
+            before = [self.spans[wait.op] for wait in span.op.waits_for if wait.op in self.spans]
+            last = max(before, key=lambda one: one.end_s, default=None)
+            idle_from = free_at.get(span.op.lane, 0.0)
+            free_at[span.op.lane] = span.end_s
+            if last is None or last.op.lane == span.op.lane or last.op.kind == Kind.COMMIT:
+                continue
+            if last.end_s > idle_from:
+                yield span.start_s - last.end_s
+
+    def commit_s(self) -> float:
+        """From the start of COMMIT to that of the next step's first layer."""
+        first: dict[int, float] = {}
+        for span in filter(self.is_layer, self.spans.values()):
+            step = span.op.step
+            first[step] = min(first.get(step, span.start_s), span.start_s)
+        return statistics.median(
+            first[span.op.step + 1] - span.start_s
+            for span in self.spans.values()
+            if span.op.kind == Kind.COMMIT and span.op.step + 1 in first
+        )

@@ -1,0 +1,159 @@
+"""Products of a device, as tasks for the stopwatch: weights plain, packed, converted, compressed.
+
+Weights are rotated over, so that they come from memory as they do in a run; the smallest stays in
+the caches, and so does a slice that is multiplied right after its conversion.
+
+Shapes as in `flexpipe.model.matmul`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from flexpipe.memory.tier import torch_dtype
+from flexpipe.model.config import DTYPE_BYTES
+from flexpipe.model.cost import CONVERT_ELEMENTS
+from flexpipe.model.matmul import (
+    PACK_BYTES,
+    CompressedWeight,
+    PackedWeight,
+    Weight,
+    convert,
+    multiply,
+    packs,
+)
+from flexpipe.model.workspace import Workspace
+from flexpipe.runtime.effort import Effort
+from flexpipe.runtime.measured_numbers import CODECS, ROTATED_BYTES, Numbers
+from flexpipe.runtime.stopwatch import Key, Task, TaskSource
+
+PAIR_ROWS = 64  # of the product whose pace beside others is measured
+_SLICE = (CONVERT_ELEMENTS // 4096, 4096)  # of a weight, as `multiply` converts it
+_HOME = (4096, 4096)  # what is loaded
+
+
+class ProductTasks:
+    """The tasks of one device; what a source holds, it takes when it starts."""
+
+    def __init__(self, device: torch.device, effort: Effort) -> None:
+        self._effort = effort
+        self._memory = Numbers(device)
+
+    def sources(self, dtype: str) -> list[TaskSource]:
+        """All there is to know of products in a compute dtype."""
+        return [
+            *(partial(self._products, dtype, shape) for shape in self._effort.weights),
+            partial(self._conversions, dtype),
+            partial(self._converted_products, dtype),
+            partial(self._loads, dtype),
+        ]
+
+    def least(self, dtype: str) -> TaskSource:
+        """Products with the smallest weight."""
+        return partial(self._products, dtype, self._effort.weights[0])
+
+    def pair(self, dtype: str) -> Task:
+        """A product of a millisecond."""
+        tasks = self._products(dtype, self._effort.weights[1])
+        *_, task = (task for task in tasks if task.key[-1] == PAIR_ROWS)
+        return task
+
+    def _products(self, dtype: str, shape: tuple[int, int]) -> Iterator[Task]:
+        rotated = shape != self._effort.weights[0]
+        count = _count(shape, dtype) if rotated else 1
+        plain = [self._memory.drawn(shape, dtype) for _ in range(count)]
+        elements = math.prod(shape)
+        yield from self._multiplied(("matmul", dtype, elements), plain)
+        if packs(shape, torch_dtype(dtype), self._memory.device):
+            buffer = torch.empty(PACK_BYTES, dtype=torch.uint8)
+            packed = [_packed(weight, buffer) for weight in plain]
+            del plain
+            yield from self._multiplied(("packed", dtype, elements), packed)
+
+    def _multiplied(
+        self, key: Key, weights: Sequence[Tensor] | Sequence[PackedWeight]
+    ) -> Iterator[Task]:
+        """With some rows after others, as far as effort allows."""
+        num_out, num_in = weights[0].shape
+        dtype, room = str(key[1]), self._memory.workspace(0)
+        for rows in self._effort.rows:
+            flops = 2 * rows * num_out * num_in
+            if flops > self._effort.most_flops:
+                return
+            x_TI = self._memory.drawn((rows, num_in), dtype)
+            out_TO = self._memory.drawn((rows, num_out), dtype)
+            yield Task(
+                key=(*key, rows),
+                amount=flops,
+                work=partial(_multiply_by, weights, x_TI, out_TO, room),
+            )
+
+    def _conversions(self, dtype: str) -> Iterator[Task]:
+        """A slice at a time into the scratch that the product reads, from a weight in memory."""
+        scratch = self._memory.drawn(_SLICE, dtype)
+        for source in sorted(DTYPE_BYTES.keys() - {dtype}):
+            slices = [self._memory.drawn(_SLICE, source) for _ in range(_count(_SLICE, source))]
+            yield _conversion("convert", f"{source}>{dtype}", slices, scratch)
+        for bits, codec in CODECS.items():
+            num_out, num_in = _SLICE
+            count = -(-ROTATED_BYTES // (num_out * codec.row_bytes(num_in)))
+            rows = self._memory.compressed_rows(count * num_out, num_in, codec)
+            weights = [CompressedWeight(some, codec, num_in) for some in rows.chunk(count)]
+            yield _conversion("widen", f"{bits}>{dtype}", weights, scratch)
+
+    def _converted_products(self, dtype: str) -> Iterator[Task]:
+        """With a slice that was converted a moment ago, so that the caches hold it."""
+        return self._multiplied(("converted", dtype), [self._memory.drawn(_SLICE, dtype)])
+
+    def _loads(self, dtype: str) -> Iterator[Task]:
+        """From a checkpoint's 16 bits, that are in memory already, to a weight at home."""
+        stored = dtype if DTYPE_BYTES[dtype] == 2 else "bfloat16"
+        chunks = [torch.empty(_HOME, dtype=torch_dtype(stored)).fill_(0.01) for _ in range(3)]
+        home = self._memory.taken(_HOME, dtype)
+        buffer = torch.empty(PACK_BYTES, dtype=torch.uint8)
+        packed = packs(_HOME, torch_dtype(dtype), self._memory.device)
+
+        def load(turn: int) -> None:
+            chunk = chunks[turn % len(chunks)]
+            if packed:
+                _packed(chunk, buffer, torch_dtype(dtype))
+            else:
+                home.copy_(chunk)
+
+        yield Task(key=("load", dtype), amount=math.prod(_HOME), work=load)
+
+
+def _count(shape: tuple[int, int], dtype: str) -> int:
+    """Weights to rotate over."""
+    return -(-ROTATED_BYTES // (math.prod(shape) * DTYPE_BYTES[dtype]))
+
+
+def _packed(weight: Tensor, buffer: Tensor, dtype: torch.dtype | None = None) -> PackedWeight:
+    num_out, num_in = weight.shape
+    return PackedWeight.make(
+        (num_out, num_in),
+        dtype or weight.dtype,
+        buffer,
+        lambda rows, plain: plain.copy_(weight[rows]),
+    )
+
+
+def _conversion(
+    field: str, what: str, slices: Sequence[Tensor | CompressedWeight], out: Tensor
+) -> Task:
+    return Task(
+        key=(field, what),
+        amount=out.numel(),
+        work=lambda turn: convert(slices[turn % len(slices)], out),
+    )
+
+
+def _multiply_by(
+    weights: Sequence[Weight], x_TI: Tensor, out_TO: Tensor, room: Workspace, turn: int
+) -> None:
+    multiply(x_TI, weights[turn % len(weights)], None, out_TO, room)

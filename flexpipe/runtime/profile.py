@@ -1,0 +1,289 @@
+"""Measuring this machine: everything the cost model asks, as one `Profile`.
+
+Each part is measured alone, as the engine does it, by the modules `measure_*`; this one decides
+where: what computes in one thread with all intra-op threads, copies in one with a single one, so
+that no second team fights for the cores. Files lie in a folder of the offload directory that goes
+away with the measurement.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import torch
+
+from flexpipe.memory.offload import OffloadDirectory
+from flexpipe.model.matmul import packs
+from flexpipe.policy.curve import Curve, Surface
+from flexpipe.policy.profile import OVERHEADS, Profile, Rates
+from flexpipe.runtime.device import Device, open_device
+from flexpipe.runtime.effort import FULL, QUICK, Effort
+from flexpipe.runtime.measure_attention import PAIR_BYTES, AttentionTasks
+from flexpipe.runtime.measure_links import DiskTasks, copy_tasks
+from flexpipe.runtime.measure_overhead import measure_overheads
+from flexpipe.runtime.measure_products import ProductTasks
+from flexpipe.runtime.measure_slowdown import slowdowns
+from flexpipe.runtime.stopwatch import Rated, Stopwatch, Task, TaskSource, rate_all
+from flexpipe.runtime.usable import usable_memory
+
+CPU = torch.device("cpu")
+
+Tell = Callable[[str], None]
+_T = TypeVar("_T")
+
+
+def measure_profile(
+    device_name: str,
+    offload_dir: Path,
+    dtypes: Sequence[str] = (),
+    *,
+    quick: bool,
+    progress: Tell = lambda what: None,
+    effort: Effort | None = None,
+) -> Profile:
+    """This machine, with `offload_dir` on its disk; `progress` is told what is measured next.
+
+    An emulated accelerator has its CPU's profile. No `dtypes` means those worth computing in.
+    """
+    effort = effort or (QUICK if quick else FULL)
+    device = measured_device(device_name)
+    dtypes = dtypes or worthwhile_dtypes(device.torch_device)
+    with OffloadDirectory(offload_dir) as offload:
+        memory = usable_memory(device, offload.path)
+        progress("what ops cost beside their work")
+        overheads = _overheads(device, offload.job, effort)
+        with contextlib.closing(DiskTasks(offload.job, effort.file_bytes)) as disk:
+            progress("links and the disk")
+            links = _links(device, disk, effort)
+            overheads["read"] = 1 / _watch(CPU, effort).rate(disk.read_page())
+            rates = _compute(device.torch_device, dtypes, effort, progress)
+            host = None if device.torch_device == CPU else _host(dtypes, effort, progress)
+            progress("how activities disturb each other")
+            slowdown = _slowdowns(device, dtypes[0], disk, effort)
+    return Profile(
+        name=_name(device),
+        date=datetime.date.today().isoformat(),
+        source=f"measured by flexpipe profile{' --quick' if effort.quick else ''}",
+        device=device.torch_device.type,
+        memory=memory,
+        links=_curves(links, "links"),
+        compute=_rates(rates),
+        host=host,
+        overhead_s={name: overheads[name] for name in OVERHEADS},
+        slowdown=slowdown,
+        load=_flat(rates, "load"),
+        details=_curves(links, "details"),
+        threads=torch.get_num_threads(),
+        quick=effort.quick,
+        machine=machine_id(),
+        mount=mount_of(offload_dir),
+    )
+
+
+def with_dtypes(
+    profile: Profile,
+    device_name: str,
+    dtypes: Sequence[str],
+    *,
+    progress: Tell = lambda what: None,
+    effort: Effort = QUICK,
+) -> Profile:
+    """The profile, completed by compute dtypes that it lacks."""
+    device = measured_device(device_name)
+    found = _compute(device.torch_device, dtypes, effort, progress)
+    host = profile.host
+    if host is not None:
+        host = _joined(host, _host(dtypes, effort, progress))
+    return replace(
+        profile,
+        compute=_joined(profile.compute, _rates(found)),
+        host=host,
+        load={**profile.load, **_flat(found, "load")},
+    )
+
+
+def measured_device(name: str) -> Device:
+    """The device whose profile `name` has."""
+    return open_device("cpu" if name == "emulated" else name, None)
+
+
+def worthwhile_dtypes(device: torch.device) -> tuple[str, ...]:
+    """float32 on a CPU, with bfloat16 where it has kernels for it; the narrow ones elsewhere."""
+    if device.type != "cpu":
+        return ("float16", "bfloat16")
+    narrow = packs((4096, 4096), torch.bfloat16, device)
+    return ("float32", "bfloat16") if narrow else ("float32",)
+
+
+def machine_id() -> str:
+    """The same for equal machines: processor, cores this process may use, memory."""
+    parts = (_processor(), len(os.sched_getaffinity(0)), psutil.virtual_memory().total >> 26)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
+
+def mount_of(directory: Path) -> str:
+    """Where the file system of a directory, or of what it would be made in, is mounted."""
+    path = directory.expanduser().absolute()
+    while not os.path.ismount(path):
+        path = path.parent
+    return str(path)
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _name(device: Device) -> str:
+    cores = len(os.sched_getaffinity(0))
+    host = f"{_processor()}, {torch.get_num_threads()} threads on {cores} cores"
+    if device.torch_device == CPU:
+        return host
+    return f"{torch.get_device_module(device.torch_device).get_device_name()} beside {host}"
+
+
+def _watch(device: torch.device, effort: Effort) -> Stopwatch:
+    return Stopwatch(device, effort.window_s)
+
+
+def _in_thread(work: Callable[[], _T], num_threads: int | None = None) -> _T:
+    """In a thread of its own, whose team of workers ends with it; all intra-op threads or some."""
+
+    def run() -> _T:
+        if num_threads is not None:
+            torch.get_num_threads()  # lets torch set up this thread before it is overruled
+            torch.set_num_threads(num_threads)
+        with torch.inference_mode():
+            return work()
+
+    with ThreadPoolExecutor(1, "flexpipe-measure") as thread:
+        return thread.submit(run).result()
+
+
+def _overheads(device: Device, directory: Path, effort: Effort) -> dict[str, float]:
+    name = device.torch_device.type
+    tries = [measure_overheads(name, directory, effort.op_steps) for _ in range(effort.rounds)]
+    return {key: min(one[key] for one in tries) for key in tries[0]}
+
+
+def _links(device: Device, disk: DiskTasks, effort: Effort) -> Rated:
+    """Further figures are for people: one round of them will do."""
+    watch = _watch(device.torch_device, effort)
+    sources: list[TaskSource] = [
+        partial(copy_tasks, device, effort),
+        partial(disk.moves, effort.transfers),
+    ]
+    further: list[TaskSource] = [] if effort.quick else [disk.details]
+    if device.has_streams and not effort.quick:
+        further.append(partial(copy_tasks, device, effort, pin=False))
+
+    def rate() -> Rated:
+        return {**rate_all(sources, watch, effort.rounds), **rate_all(further, watch, 1)}
+
+    return _in_thread(rate, num_threads=1)
+
+
+def _compute(device: torch.device, dtypes: Sequence[str], effort: Effort, progress: Tell) -> Rated:
+    products, attention = ProductTasks(device, effort), AttentionTasks(device, effort)
+    watch = _watch(device, effort)
+    sources: list[TaskSource] = [attention.compression]
+    for dtype in dtypes:
+        sources += [*products.sources(dtype), *attention.sources(dtype)]
+    progress(f"products and attention in {', '.join(dtypes)}")
+    return _in_thread(partial(rate_all, sources, watch, effort.rounds))
+
+
+def _host(dtypes: Sequence[str], effort: Effort, progress: Tell) -> Rates:
+    """What a CPU beside an accelerator may be asked to do."""
+    products, attention = ProductTasks(CPU, effort), AttentionTasks(CPU, effort)
+    watch = _watch(CPU, effort)
+    sources: list[TaskSource] = [attention.compression]
+    for dtype in dtypes:
+        sources += [products.least(dtype), *attention.decoding(dtype)]
+    progress("attention on the CPU")
+    return _rates(_in_thread(partial(rate_all, sources, watch, effort.rounds)))
+
+
+def _slowdowns(
+    device: Device, dtype: str, disk: DiskTasks, effort: Effort
+) -> dict[tuple[str, str], float]:
+    """On an accelerator only the host's activities share anything."""
+    with torch.inference_mode(), contextlib.closing(copy_tasks(device, effort)) as copies:
+        attend = AttentionTasks(CPU, effort).pair(dtype)
+        tasks = {"attend": attend, "copy": _of_size(copies, PAIR_BYTES)}
+        for task in disk.moves((PAIR_BYTES,)):
+            tasks[str(task.key[1])] = task
+        if device.torch_device == CPU:
+            tasks["compute"] = ProductTasks(CPU, effort).pair(dtype)
+        return slowdowns(
+            tasks,
+            num_threads=torch.get_num_threads(),
+            windows=effort.pair_windows,
+            window_s=effort.pair_s,
+        )
+
+
+def _of_size(tasks: Iterator[Task], num_bytes: int) -> Task:
+    return next(task for task in tasks if task.amount >= num_bytes)
+
+
+def _rates(found: Rated) -> Rates:
+    """Each field of what was measured in its own form: numbers, curves or surfaces."""
+    forms: Mapping[str, Callable[[Rated, str], Mapping[str, Any]]] = {
+        "matmul": _surfaces,
+        "packed": _surfaces,
+        "converted": _curves,
+        "prefill_attention": _curves,
+        "decode_attention": _curves,
+        "elementwise": _curves,
+    }
+    return Rates(
+        **{item.name: forms.get(item.name, _flat)(found, item.name) for item in fields(Rates)}
+    )
+
+
+def _joined(one: Rates, other: Rates) -> Rates:
+    return Rates(
+        **{
+            item.name: {**getattr(one, item.name), **getattr(other, item.name)}
+            for item in fields(Rates)
+        }
+    )
+
+
+def _flat(found: Rated, field: str) -> dict[str, float]:
+    return {str(key[1]): rate for key, rate in found.items() if key[0] == field}
+
+
+def _curves(found: Rated, field: str) -> dict[str, Curve]:
+    points: dict[str, dict[float, float]] = {}
+    for key, rate in found.items():
+        if key[0] == field:
+            points.setdefault(str(key[1]), {})[float(key[2])] = rate
+    return {name: Curve.of(some) for name, some in points.items()}
+
+
+def _surfaces(found: Rated, field: str) -> dict[str, Surface]:
+    points: dict[str, dict[float, dict[float, float]]] = {}
+    for key, rate in found.items():
+        if key[0] == field:
+            of_weight = points.setdefault(str(key[1]), {}).setdefault(float(key[2]), {})
+            of_weight[float(key[3])] = rate
+    return {
+        name: Surface.of({size: Curve.of(some) for size, some in sizes.items()})
+        for name, sizes in points.items()
+    }

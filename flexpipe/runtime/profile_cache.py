@@ -1,0 +1,137 @@
+"""The profile of this machine, measured once and kept.
+
+One file per machine, device, number of threads and mount of the offload directory. A full profile
+outlives quick ones; one that lacks a compute dtype is completed by it. What cannot be read is
+measured anew. `FLEXPIPE_PROFILE=FILE` stands for all of this: then nothing is ever measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from flexpipe.errors import FlexpipeError
+from flexpipe.policy.profile import Profile, read_profile, render_profile
+from flexpipe.runtime.profile import (
+    Tell,
+    machine_id,
+    measure_profile,
+    measured_device,
+    mount_of,
+    with_dtypes,
+    worthwhile_dtypes,
+)
+
+PROFILE_VARIABLE = "FLEXPIPE_PROFILE"
+FOLDER = Path("~/.cache/flexpipe/profiles")
+
+log = logging.getLogger("flexpipe")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """How profiles are come by; tests put in their own."""
+
+    whole: Callable[..., Profile] = measure_profile
+    dtypes: Callable[..., Profile] = with_dtypes
+
+
+def machine_profile(
+    device: str,
+    offload_dir: Path,
+    dtypes: Sequence[str] = (),
+    *,
+    refresh: bool = False,
+    quick: bool = True,
+    progress: Tell = lambda what: None,
+    measure: Measure | None = None,
+) -> Profile:
+    """This machine's profile, which knows at least `dtypes`; measured if there is none yet.
+
+    An emulated accelerator has its CPU's. `refresh` measures in any case; without `quick` a quick
+    profile does not do.
+    """
+    if given := os.environ.get(PROFILE_VARIABLE):
+        return read_profile(Path(given))
+    measure = measure or Measure()
+    dtypes = tuple(dtypes) or worthwhile_dtypes(measured_device(device).torch_device)
+    path = profile_path(device, offload_dir)
+    known = _read(path)
+    if known is not None and not refresh and (quick or not known.quick):
+        return _completed(known, path, device, dtypes, progress, measure)
+    if not refresh:
+        log.info(
+            "measuring this machine (%s), once; `flexpipe profile` %s",
+            "some 15 s" if quick else "up to 2 minutes",
+            "does it more exactly" if quick else "--refresh does it again",
+        )
+    made = measure.whole(device, offload_dir, dtypes, quick=quick, progress=progress)
+    if known is not None and made.quick and not known.quick:
+        log.info("kept the full profile of %s in %s", known.date, path)
+        return made
+    write_profile(path, made)
+    return made
+
+
+def profile_path(device: str, offload_dir: Path) -> Path:
+    """Where the profile of this machine lies, or would."""
+    if given := os.environ.get(PROFILE_VARIABLE):
+        return Path(given)
+    kind = measured_device(device).torch_device.type
+    key = repr((machine_id(), kind, torch.get_num_threads(), mount_of(offload_dir)))
+    name = f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.yaml"
+    return FOLDER.expanduser() / name
+
+
+def write_profile(path: Path, profile: Profile) -> None:
+    """All of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=".profile-", encoding="utf-8", delete=False
+    ) as file:
+        try:
+            file.write(render_profile(profile))
+            file.close()
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def _read(path: Path) -> Profile | None:
+    """The cached profile, unless it is not there or not fit for use."""
+    if not path.exists():
+        return None
+    try:
+        profile = read_profile(path)
+    except FlexpipeError as error:
+        log.info("measuring this machine anew: %s", error)
+        return None
+    if profile.machine != machine_id():
+        log.info("measuring this machine anew: %s describes another one", path)
+        return None
+    return profile
+
+
+def _completed(
+    known: Profile,
+    path: Path,
+    device: str,
+    dtypes: Sequence[str],
+    progress: Tell,
+    measure: Measure,
+) -> Profile:
+    lacking = [dtype for dtype in dtypes if dtype not in known.compute.matmul]
+    if not lacking:
+        return known
+    log.info("measuring this machine in %s, which its profile lacks", ", ".join(lacking))
+    made = measure.dtypes(known, device, lacking, progress=progress)
+    write_profile(path, made)
+    return made

@@ -1,0 +1,24 @@
+"""What a run may use of each tier when the user says nothing: what is free, less a margin."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from flexpipe.plan.hardware import free_disk, free_memory, rss_bytes
+from flexpipe.plan.tier import Tier
+from flexpipe.runtime.device import Device
+from flexpipe.units import GIB, MIB
+
+
+def usable_memory(device: Device, offload: Path) -> dict[Tier, int]:
+    """Bytes per tier, what this process has already taken included; an emulated accelerator's
+    memory is part of the host's."""
+    host = free_memory() + rss_bytes()
+    usable = {Tier.CPU: host - host // 50 - 64 * MIB}
+    if device.has_streams:
+        free = torch.accelerator.get_memory_info(device.torch_device)[0]
+        usable[Tier.GPU] = free - free // 20 - 256 * MIB
+    usable[Tier.DISK] = max(0, free_disk(offload) - GIB)
+    return usable

@@ -1,0 +1,278 @@
+"""The machine is measured once, whole, and what is kept stays true."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flexpipe.errors import PolicyError
+from flexpipe.plan.tier import Tier
+from flexpipe.policy.curve import Curve, Surface
+from flexpipe.policy.profile import (
+    LINKS,
+    OVERHEADS,
+    Profile,
+    Rates,
+    parse_profile,
+    read_profile,
+    render_profile,
+)
+from flexpipe.runtime import profile_cache
+from flexpipe.runtime.effort import QUICK
+from flexpipe.runtime.measure_slowdown import slowdowns
+from flexpipe.runtime.profile import machine_id, measure_profile, with_dtypes
+from flexpipe.runtime.profile_cache import (
+    Measure,
+    machine_profile,
+    profile_path,
+    write_profile,
+)
+from flexpipe.runtime.stopwatch import Stopwatch, Task, rate_all
+from flexpipe.units import MIB
+
+KIB = 1024
+TINY = replace(
+    QUICK,
+    rounds=1,
+    window_s=0.0,
+    weights=((64, 64), (512, 512)),
+    rows=(1, 64),
+    prefill=(16, 64),
+    decode=(256 * KIB, 16 * MIB),
+    compressed_tokens=(64,),
+    norm=(1, 8),
+    copies=(64 * KIB, 16 * MIB),
+    transfers=(64 * KIB, MIB),
+    file_bytes=16 * MIB,
+    held_bytes=16 * MIB,
+    pair_windows=1,
+    pair_s=0.001,
+    op_steps=4,
+)
+
+
+def test_a_real_measurement_has_all_that_a_prediction_reads(tmp_path: Path) -> None:
+    made = measure_profile("cpu", tmp_path, ("float32",), quick=True, effort=TINY)
+    assert set(made.links) == set(LINKS)
+    assert set(made.overhead_s) == set(OVERHEADS)
+    assert all(seconds >= 0 for seconds in made.overhead_s.values())
+    assert set(made.memory) == {Tier.CPU, Tier.DISK}
+    assert all(factor >= 1 for factor in made.slowdown.values())
+    assert {("compute", "disk_read"), ("disk_read", "compute"), ("attend", "copy")} <= set(
+        made.slowdown
+    )
+    rates = made.compute
+    for known in (rates.matmul, rates.converted, rates.prefill_attention, rates.elementwise):
+        assert set(known) == {"float32"}
+    assert set(rates.decode_attention) == {"float32", "4>float32", "8>float32"}
+    assert set(rates.convert) == {"bfloat16>float32", "float16>float32"}
+    assert set(rates.widen) == {"4>float32", "8>float32"}
+    assert set(rates.compress) == {"4", "8"}
+    assert set(rates.sample) == set(made.load) == set(rates.decode_attention_flops) == {"float32"}
+    assert (made.device, made.machine, made.quick) == ("cpu", machine_id(), True)
+    assert_same(parse_profile_text(render_profile(made)), made)
+    assert [path.name for path in tmp_path.rglob("*.bin")] == []
+
+
+def test_a_further_dtype_joins_what_was_measured() -> None:
+    made = with_dtypes(profile(), "cpu", ("bfloat16",), effort=TINY)
+    assert set(made.compute.matmul) == set(made.load) == {"float32", "bfloat16"}
+    assert made.compute.matmul["float32"] == profile().compute.matmul["float32"]
+    assert (made.links, made.date, made.quick) == (profile().links, "2001-02-03", False)
+
+
+def test_slowdowns_are_of_both_ways_and_never_below_one() -> None:
+    tasks = {name: task(name) for name in ("compute", "copy")}
+    found = slowdowns(tasks, num_threads=1, windows=2, window_s=0.001)
+    assert set(found) == {("compute", "copy"), ("copy", "compute")}
+    assert min(found.values()) >= 1
+
+
+def test_turns_of_a_task_count_up_from_its_first() -> None:
+    turns: list[int] = []
+    watch = Stopwatch(torch.device("cpu"), 0.0)
+    assert set(rate_all([lambda: iter([task("copy", turns.append)])], watch, 1)) == {("copy",)}
+    assert turns == [*range(len(turns))] and len(turns) > 1
+
+
+def task(name: str, work: Callable[[int], object] = lambda turn: None) -> Task:
+    return Task(key=(name,), amount=1.0, work=work)
+
+
+# what is kept
+
+
+def profile(*dtypes: str, **changes: Any) -> Profile:
+    """A profile that nobody measured."""
+    rates = Rates(
+        matmul={name: Surface.of({1.0: Curve.flat(1e9)}) for name in dtypes or ("float32",)}
+    )
+    values: dict[str, Any] = {
+        "name": "nowhere",
+        "date": "2001-02-03",
+        "source": "made up",
+        "device": "cpu",
+        "memory": {Tier.CPU: 2**30, Tier.DISK: 2**30},
+        "links": {name: Curve.flat(1e9) for name in LINKS},
+        "compute": rates,
+        "load": {"float32": 1e9},
+        "machine": machine_id(),
+    }
+    return Profile(**{**values, **changes})
+
+
+@dataclass
+class Fake:
+    """Stands for measuring: keeps what it was asked."""
+
+    asked: list[tuple[Any, ...]] = field(default_factory=list)
+
+    def whole(
+        self, device: str, offload_dir: Path, dtypes: Sequence[str], *, quick: bool, progress: Any
+    ) -> Profile:
+        self.asked.append(("whole", tuple(dtypes), quick))
+        return profile(*dtypes, quick=quick)
+
+    def dtypes(
+        self, known: Profile, device: str, dtypes: Sequence[str], *, progress: Any
+    ) -> Profile:
+        self.asked.append(("dtypes", tuple(dtypes)))
+        matmul = {**known.compute.matmul, **profile(*dtypes).compute.matmul}
+        return replace(known, compute=replace(known.compute, matmul=matmul))
+
+
+Ask = Callable[..., Profile]
+
+
+@pytest.fixture
+def fake() -> Fake:
+    return Fake()
+
+
+@pytest.fixture
+def ask(fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ask:
+    """`ask(dtypes…)` with a home of its own and nothing measured."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("FLEXPIPE_PROFILE")
+    measure = Measure(whole=fake.whole, dtypes=fake.dtypes)
+
+    def call(*dtypes: str, **options: Any) -> Profile:
+        return machine_profile("cpu", tmp_path, dtypes, measure=measure, **options)
+
+    return call
+
+
+def test_a_machine_is_measured_once(ask: Ask, fake: Fake) -> None:
+    assert_same(ask("float32"), ask("float32"))
+    assert fake.asked == [("whole", ("float32",), True)]
+
+
+def test_measuring_by_itself_is_told_with_the_command_that_refines(
+    ask: Ask, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "flexpipe"):
+        ask("float32")
+        ask("float32")
+    (line,) = caplog.messages
+    assert "measuring this machine" in line and "`flexpipe profile`" in line
+
+
+def test_a_lacking_dtype_is_measured_alone_and_kept(ask: Ask, fake: Fake) -> None:
+    ask("float32", quick=False)
+    for _ in range(2):
+        assert set(ask("float32", "bfloat16").compute.matmul) == {"float32", "bfloat16"}
+    assert fake.asked[1:] == [("dtypes", ("bfloat16",))]
+
+
+def test_a_quick_profile_gives_way_to_a_full_one_and_never_the_other_way(
+    ask: Ask, fake: Fake
+) -> None:
+    assert ask("float32").quick
+    assert not ask("float32", quick=False).quick
+    assert ask("float32", refresh=True).quick
+    assert not ask("float32").quick
+    assert [quick for *_, quick in fake.asked] == [True, False, True]
+
+
+@pytest.mark.parametrize("text", ["", "name: [", "name: x\ndevice: cpu\n"])
+def test_a_damaged_profile_is_measured_anew_and_told_in_a_line(
+    ask: Ask, fake: Fake, tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
+    ask("float32")
+    path = profile_path("cpu", tmp_path)
+    path.write_text(text)
+    with caplog.at_level(logging.INFO, "flexpipe"):
+        ask("float32")
+    assert str(path) in caplog.messages[0]
+    assert len(fake.asked) == 2 and read_profile(path).device == "cpu"
+
+
+def test_a_profile_of_another_machine_is_measured_anew(
+    ask: Ask, fake: Fake, tmp_path: Path
+) -> None:
+    write_profile(profile_path("cpu", tmp_path), profile(machine="another"))
+    assert ask("float32").machine == machine_id()
+    assert len(fake.asked) == 1
+
+
+def test_a_write_that_fails_leaves_the_profile_as_it_was(
+    ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask("float32")
+    path = profile_path("cpu", tmp_path)
+    before = path.read_text()
+
+    def refuse(*args: object) -> None:
+        raise OSError("no")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="no"):
+        write_profile(path, profile("float32", "bfloat16"))
+    assert path.read_text() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_mounts_and_numbers_of_threads_have_profiles_of_their_own(
+    ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = {profile_path("cpu", tmp_path)}
+    monkeypatch.setattr(profile_cache, "mount_of", lambda directory: "/elsewhere")
+    paths.add(profile_path("cpu", tmp_path))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    paths.add(profile_path("cpu", tmp_path))
+    assert len(paths) == 3
+
+
+def test_an_emulated_accelerator_has_the_profile_of_its_cpu(ask: Ask, tmp_path: Path) -> None:
+    assert profile_path("emulated", tmp_path) == profile_path("cpu", tmp_path)
+
+
+def test_the_variable_stands_for_everything_and_nothing_is_measured(
+    ask: Ask, fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "given.yaml"
+    write_profile(path, profile(machine="another"))
+    monkeypatch.setenv("FLEXPIPE_PROFILE", str(path))
+    assert ask("bfloat16", refresh=True).machine == "another"
+    assert fake.asked == []
+    monkeypatch.setenv("FLEXPIPE_PROFILE", str(tmp_path / "missing.yaml"))
+    with pytest.raises(PolicyError, match=r"missing\.yaml"):
+        ask("float32")
+
+
+def parse_profile_text(text: str) -> Profile:
+    import yaml
+
+    return parse_profile(yaml.safe_load(text))
+
+
+def assert_same(one: Profile, other: Profile) -> None:
+    """To the digits that a file shows."""
+    assert render_profile(one) == render_profile(other)
