@@ -186,11 +186,18 @@ class CostModel:
         self, link: str, num_bytes: int, size: float, overhead_s: float, activity: str
     ) -> Cost:
         """Bytes over a link; an emulated one takes its own time where that is longer."""
-        curve = self.profile.links.get(link)
+        curve = self._link(link)
         work = overhead_s + (curve.seconds(num_bytes, max(size, 1.0)) if curve else 0.0)
         rate = getattr(self.emulation, f"{link}_bytes_per_s") if self.emulation else None
         seconds = max(work, num_bytes / rate) if rate else work
         return Cost(seconds, activity, work / seconds if seconds else 1.0, link, num_bytes)
+
+    def _link(self, name: str) -> Curve | None:
+        """A host link's rate depends on whether the host's side is page-locked."""
+        pageable = self.profile.details.get(f"{name}_pageable")
+        if pageable is not None and not self.plan.policy.pin_weights:
+            return pageable
+        return self.profile.links.get(name)
 
     def _read_weight(self, op: Op) -> Cost:
         layout = self.plan.layers[op.layer].streamed
