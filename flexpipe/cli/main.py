@@ -21,6 +21,7 @@ from flexpipe import __version__
 from flexpipe.cli.bench import bench
 from flexpipe.cli.demo import demo
 from flexpipe.cli.doctor import doctor
+from flexpipe.cli.plan import plan
 from flexpipe.cli.profile import profile
 from flexpipe.cli.run import run
 from flexpipe.cli.simulate import simulate
@@ -49,6 +50,7 @@ cli.add_command(bench)
 cli.add_command(simulate)
 cli.add_command(sweep)
 cli.add_command(doctor)
+cli.add_command(plan)
 cli.add_command(profile)
 
 

@@ -69,6 +69,11 @@ def _size(field: str, help: str) -> Callable[[Command], Command]:
     return _knob(field, _read_by(parse_bytes), help, metavar="SIZE")
 
 
+def bytes_option(name: str, help: str) -> Callable[[Command], Command]:
+    """An option that takes a size like 22GiB."""
+    return click.option(name, type=_read_by(parse_bytes), help=help, metavar="SIZE")
+
+
 _COUNT = click.IntRange(min=1)
 _POLICY_OPTIONS = (
     click.option(

@@ -158,7 +158,7 @@ def _grid(vary: Sequence[str], path: Path | None) -> Grid:
 
 
 def _forecast(spec: JobSpec) -> Forecast:
-    from flexpipe.job.forecast import forecaster  # type: ignore[import-not-found]
+    from flexpipe.job.forecast import forecaster
 
     forecast: Forecast = forecaster(spec)
     return forecast

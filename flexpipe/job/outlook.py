@@ -26,9 +26,11 @@ from flexpipe.plan.hardware import Emulation
 from flexpipe.plan.placement import Stored
 from flexpipe.plan.plan import Budgets, Plan, Planner, check_fits
 from flexpipe.plan.policy import Policy
-from flexpipe.plan.rule import advice, choose_plan
+from flexpipe.plan.rule import advice
 from flexpipe.plan.tier import Tier
 from flexpipe.policy.profile import Profile, read_profile
+from flexpipe.policy.search import best_plan
+from flexpipe.policy.shares import Machine
 from flexpipe.preset import hardware_file
 from flexpipe.units import MIB
 
@@ -66,12 +68,12 @@ class Shape:
 class Outlook:
     """A model, what is asked of it, and the machine that is to do it.
 
-    `compute_dtype` is what "auto" comes to here.
+    `compute_dtype` is what "auto" comes to here. Without a profile only bytes are known.
     """
 
     shape: Shape
     needs: Sequence[Need]
-    profile: Profile
+    profile: Profile | None
     emulation: Emulation | None
     device: str
     device_tier: Tier
@@ -105,8 +107,10 @@ class Outlook:
         emulation: Emulation | None,
         offload_dir: Path,
         given: Mapping[str, Any],
+        *,
+        needs_rates: bool = True,
     ) -> Outlook:
-        """On this machine, as a run would find it now."""
+        """On this machine, as a run would find it now; measured, unless no rate is needed."""
         from flexpipe.job.prepare import budgets, dtype_to_compute
         from flexpipe.runtime.device import open_device
         from flexpipe.runtime.profile_cache import machine_profile
@@ -117,7 +121,7 @@ class Outlook:
         return cls(
             shape=shape,
             needs=needs,
-            profile=machine_profile(opened.name, offload_dir, (dtype,)),
+            profile=machine_profile(opened.name, offload_dir, (dtype,)) if needs_rates else None,
             emulation=emulation,
             device=opened.name,
             device_tier=opened.tier,
@@ -137,13 +141,17 @@ class Outlook:
             compress=paper_forms(self.shape.config),
         )
 
+    @property
+    def machine(self) -> Machine:
+        assert self.profile is not None
+        return Machine(profile=self.profile, device_tier=self.device_tier, emulation=self.emulation)
+
     def choose(self, given: Mapping[str, Any]) -> Plan:
         """The plan that a run with these knobs takes; a PlanError where none fits."""
         planner = self.planner()
-        how = planner, self.device_tier, len(self.needs)
-        plan = choose_plan(given, *how)
+        plan = best_plan(given, planner, self.needs, self.device_tier, self.machine)
         if plan.shortfalls():
-            check_fits(plan, advice(given, *how))
+            check_fits(plan, advice(given, planner, self.device_tier, len(self.needs)))
         return plan
 
 
@@ -178,14 +186,15 @@ class Inquiry:
             raise InputError("--max-tokens goes with --input-file; the other way has --gen-len")
         object.__setattr__(self, "emulation", checked_emulation(self.device, self.emulation))
 
-    def outlook(self, given: Mapping[str, Any]) -> Outlook:
+    def outlook(self, given: Mapping[str, Any], *, needs_rates: bool = True) -> Outlook:
         """Look at model, requests and machine; `given` are the policy's knobs."""
         shape = Shape.open(self.model, self.revision)
         needs = self._needs(shape, given)
         if self.hardware is not None:
             return Outlook.on_paper(shape, needs, self.hardware, given)
         offload_dir = (self.offload_dir or DEFAULT_OFFLOAD_DIR).expanduser()
-        return Outlook.here(shape, needs, self.device, self.emulation, offload_dir, given)
+        how = shape, needs, self.device, self.emulation, offload_dir, given
+        return Outlook.here(*how, needs_rates=needs_rates)
 
     def _needs(self, shape: Shape, given: Mapping[str, Any]) -> list[Need]:
         if self.input_path is not None:

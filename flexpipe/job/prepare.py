@@ -29,6 +29,9 @@ from flexpipe.plan.plan import Budgets, Plan, Planner, check_fits
 from flexpipe.plan.policy import Policy
 from flexpipe.plan.rule import advice, choose_plan
 from flexpipe.plan.tier import Tier
+from flexpipe.policy.profile import Profile
+from flexpipe.policy.search import best_plan
+from flexpipe.policy.shares import Machine
 from flexpipe.runtime.device import Device, open_device
 from flexpipe.runtime.usable import usable_memory
 
@@ -82,14 +85,19 @@ class Model:
 
 
 def plan_job(
-    spec: JobSpec, model: Model, entries: Sequence[Entry], offload: OffloadDirectory
+    spec: JobSpec,
+    model: Model,
+    entries: Sequence[Entry],
+    offload: OffloadDirectory,
+    profile: Profile | None,
 ) -> tuple[Plan, list[Entry], list[BadLine]]:
-    """A plan that fits, the requests it serves, and those that do not fit even alone."""
+    """A plan that fits, the best one that a search finds with `profile`; the requests it serves,
+    and those that do not fit even alone."""
     limits = budgets(spec.given, model.device, spec.emulation, offload.path)
     compressed = CompressedCache(offload.cache / FOLDER, model.stored, lambda: model.identity)
 
-    def make(served: Sequence[Entry]) -> tuple[Plan, Planner]:
-        planner = Planner(
+    def planner_for(served: Sequence[Entry]) -> Planner:
+        return Planner(
             model.config,
             [entry.need for entry in served],
             model.stored,
@@ -98,18 +106,28 @@ def plan_job(
             compute_dtype=model.compute_dtype,
             compress=compressed.locate,
         )
-        return choose_plan(spec.given, planner, model.device.tier, len(served)), planner
 
+    def fits_without_rates(served: Sequence[Entry]) -> bool:
+        how = planner_for(served), model.device.tier, len(served)
+        return not choose_plan(spec.given, *how).shortfalls()
+
+    def best(served: Sequence[Entry]) -> tuple[Plan, Planner]:
+        planner, needs = planner_for(served), [entry.need for entry in served]
+        return best_plan(spec.given, planner, needs, model.device.tier, machine), planner
+
+    machine = None
+    if profile is not None:
+        machine = Machine(profile=profile, device_tier=model.device.tier, emulation=spec.emulation)
     kept, refused = list(entries), list[BadLine]()
-    plan, planner = make(kept)
+    plan, planner = best(kept)
     if plan.shortfalls():
         by_need = sorted(entries, key=lambda entry: entry.need.total)
-        fits = _most(len(by_need), lambda count: not make([by_need[count - 1]])[0].shortfalls())
+        fits = _most(len(by_need), lambda count: fits_without_rates([by_need[count - 1]]))
         if 0 < fits < len(by_need):
             refused = [_too_long(entry, by_need[fits - 1]) for entry in by_need[fits:]]
             without = {line.index for line in refused}
             kept = [entry for entry in entries if entry.index not in without]
-            plan, planner = make(kept)
+            plan, planner = best(kept)
     if plan.shortfalls():
         check_fits(plan, advice(spec.given, planner, model.device.tier, len(kept)))
     return plan, kept, refused

@@ -169,7 +169,7 @@ def _run(job: _Job, offload: OffloadDirectory, probes: Probes) -> Report:
         if not entries:
             return _nothing_to_do(job, outcome)
         profile = _profile(job, offload)  # before the plan counts what this process holds
-        plan, entries, refused = plan_job(spec, model, entries, offload)
+        plan, entries, refused = plan_job(spec, model, entries, offload, profile)
         for line in refused:
             outcome.reject(line, spec.fail_fast)
         total = outcome.tally.num_requests

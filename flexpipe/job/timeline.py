@@ -113,7 +113,7 @@ def play(
 ) -> Timeline:
     """The plan that a run with the knobs `given` would take, played on the outlook's machine."""
     plan = outlook.choose(given)
-    what = plan, outlook.needs, outlook.profile, outlook.emulation
+    what = plan, outlook.needs, outlook.machine.profile, outlook.emulation
     return Timeline(
         model=outlook.shape.name,
         device=outlook.device,

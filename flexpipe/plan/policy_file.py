@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -44,6 +47,21 @@ def render_policy(policy: Policy, opening: Sequence[str]) -> str:
         meaning = _MEANINGS[item.name]
         lines.append(f"{value:<{width + 32}}  # {meaning}" if meaning else value)
     return "\n".join(lines) + "\n"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """All of the file or nothing of it, its folder made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=f".{path.name}-", encoding="utf-8", delete=False
+    ) as file:
+        try:
+            file.write(text)
+            file.close()
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
 
 
 def _value(value: Any) -> str:

@@ -14,6 +14,7 @@ it would gain. A knob that is given stays as it is.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -48,6 +49,8 @@ MOST_REFINED = 2
 _OPTIMISM = 1.05  # an estimate may be this much too high and yet belong to the best plan
 _FILL_STEPS = 5
 _COMPRESSIONS = ("none", "8", "4")
+
+log = logging.getLogger("flexpipe")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,6 +125,26 @@ def search(
 ) -> Found:
     """The fastest plan that keeps `given` and `limits`; `explain` also finds wishes and gains."""
     return _Search(given, planner, needs, machine, limits or Limits()).run(explain)
+
+
+def best_plan(
+    given: Mapping[str, Any],
+    planner: Planner,
+    needs: Sequence[Need],
+    device_tier: Tier,
+    machine: Machine | None,
+) -> Plan:
+    """The plan that a job takes: the search's. On a machine whose rates are not known, or too few
+    of them, or where nothing fits, the rule's, whose shortfalls then say what is missing."""
+    plan = choose_plan(given, planner, device_tier, len(needs))
+    if machine is None or plan.shortfalls():
+        return plan
+    try:
+        best = search(given, planner, needs, machine).best
+    except PolicyError as error:
+        log.info("no search for a policy: %s", error)
+        return plan
+    return plan if best is None else best.plan
 
 
 def disk_writes(prediction: Prediction) -> float:

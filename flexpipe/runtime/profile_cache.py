@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 
 from flexpipe.errors import FlexpipeError
+from flexpipe.plan.policy_file import write_whole
 from flexpipe.policy.profile import Profile, read_profile, render_profile
 from flexpipe.runtime.profile import (
     Tell,
@@ -92,17 +92,7 @@ def profile_path(device: str, offload_dir: Path) -> Path:
 
 def write_profile(path: Path, profile: Profile) -> None:
     """All of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=".profile-", encoding="utf-8", delete=False
-    ) as file:
-        try:
-            file.write(render_profile(profile))
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    write_whole(path, render_profile(profile))
 
 
 def _read(path: Path) -> Profile | None:

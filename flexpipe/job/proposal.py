@@ -1,0 +1,207 @@
+"""`flexpipe plan`: the plan that a search finds, why it is that one, and what would change it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from flexpipe import __version__
+from flexpipe.errors import PlanError
+from flexpipe.job.bench import as_options
+from flexpipe.job.outlook import Outlook
+from flexpipe.job.table import plain_table
+from flexpipe.plan.plan import Plan
+from flexpipe.plan.policy_file import render_policy
+from flexpipe.plan.tier import Tier
+from flexpipe.policy.predict import Prediction, predict
+from flexpipe.policy.search import Found, Limits, Scored, disk_writes, search
+from flexpipe.units import format_bytes, format_seconds
+
+_NUM_SHOWN = 5
+_WORTH_TELLING = 1.005  # a gain below is no gain
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proposal:
+    """What a search came to. `prediction` is of `found.best`, thorough; it took `search_s`."""
+
+    model: str
+    device: str
+    date: str
+    profile: str
+    num_requests: int
+    found: Found
+    plan: Plan
+    prediction: Prediction
+    search_s: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; seconds and bytes."""
+        made = self.prediction
+        figures = asdict(made)
+        del figures["spans"]
+        return {
+            "model": self.model,
+            "device": self.device,
+            "hardware": self.profile,
+            "compute_dtype": self.plan.compute_dtype,
+            "num_requests": self.num_requests,
+            "policy": self.plan.policy.to_dict(),
+            "prediction": {
+                **figures,
+                "total_s": made.total_s,
+                "generated_tokens_per_s": made.generated_tokens_per_s,
+                "disk_bytes_per_1000_tokens": disk_writes(made),
+            },
+            "tiers": {tier.value: self._tier(tier) for tier in self._tiers},
+            "others": [_as_dict(one) for one in self.found.others[:_NUM_SHOWN]],
+            "naive": {
+                name: None if one is None else _as_dict(one)
+                for name, one in self.found.naive.items()
+            },
+            "refused": [{**_as_dict(one), "reason": reason} for one, reason in self.found.refused],
+            "gain_of": dict(self.found.wishes),
+            "gain_of_compression": dict(self.found.lossy),
+            "num_choices": self.found.num_choices,
+            "search_s": self.search_s,
+        }
+
+    def policy_file(self) -> str:
+        """The policy, complete, with what it was made for."""
+        made = self.prediction
+        opening = (
+            f"Found by flexpipe {__version__} on {self.date} for {self.model}: "
+            f"{self.num_requests} requests,",
+            f"{made.prompt_tokens} prompt tokens, {made.generated_tokens} to generate; machine: "
+            f"{self.profile}.",
+            f"Predicted: {made.generated_tokens_per_s:.4g} tokens/s, {format_seconds(made.total_s)}"
+            f" in all; {made.bottleneck} is the bottleneck.",
+        )
+        return render_policy(self.plan.policy, opening)
+
+    def render(self) -> str:
+        """For people, the plan first; every figure is predicted."""
+        made = self.prediction
+        parts = [
+            f"{self.model} on {self.device} in {self.plan.compute_dtype}: {self.num_requests} "
+            f"requests, {made.prompt_tokens} prompt tokens, {made.generated_tokens} to generate",
+            as_options(self.plan.policy.to_dict()),
+            plain_table(
+                ("tier", "weights", "KV cache", "hidden", "buffers", "free", "budget"),
+                [self._tier_row(tier) for tier in self._tiers],
+            ),
+            f"predicted: {made.generated_tokens_per_s:.4g} tokens/s, done in "
+            f"{format_seconds(made.total_s)} (load {format_seconds(made.load_s)}, prefill "
+            f"{format_seconds(made.prefill_s)}, decode {format_seconds(made.decode_s)}); a request "
+            f"takes {format_seconds(made.latency_s)}; {format_bytes(disk_writes(made))} written to "
+            "disk per 1,000 tokens",
+            f"bottleneck: {made.bottleneck}, which alone needs {format_seconds(made.bound_s)}: "
+            f"{made.bound_share:.0%} of that bound is reached",
+            *self._comparisons(),
+            f"{self.found.num_choices} choices estimated, {self._num_played} played, in "
+            f"{self.search_s:.1f} s",
+        ]
+        return "\n\n".join(part for part in parts if part)
+
+    @property
+    def _num_played(self) -> int:
+        return 1 + len(self.found.others) + len(self.found.refused)
+
+    def _comparisons(self) -> list[str]:
+        found = self.found
+        others = [("next best", one) for one in found.others[:_NUM_SHOWN]]
+        naive = [(name, one) for name, one in found.naive.items() if one is not None]
+        rows = [_row(name, one) for name, one in (*others, *naive)]
+        rows += [(name, "does not fit", "", "") for name, one in found.naive.items() if one is None]
+        wishes = [
+            (what, f"{gain - 1:+.1%}")
+            for what, gain in found.wishes.items()
+            if gain > _WORTH_TELLING
+        ]
+        lossy = [(what, f"{gain - 1:+.1%}") for what, gain in found.lossy.items()]
+        return [
+            plain_table(("instead", "tokens/s", "because", "options"), rows),
+            plain_table(("with", "tokens/s would be"), wishes)
+            or "neither 1 GiB more of a tier nor a link twice as fast would help",
+            plain_table(("lossy, so only with --compression", "estimated"), lossy),
+        ]
+
+    @property
+    def _tiers(self) -> list[Tier]:
+        return [tier for tier in Tier if self.plan.tier_bytes(tier)]
+
+    def _tier(self, tier: Tier) -> dict[str, int]:
+        """Bytes by what they hold; buffers are all that is neither at home nor free."""
+        plan = self.plan
+        held = dict.fromkeys(("weights", "KV cache", "hidden"), 0)
+        for pool in plan.pools:
+            if pool.tier == tier and pool.name in held:
+                held[pool.name] += pool.num_bytes
+        total, budget = plan.tier_bytes(tier), plan.budgets.of(tier)
+        return {
+            **held,
+            "buffers": total - sum(held.values()),
+            "free": budget - total,
+            "budget": budget,
+        }
+
+    def _tier_row(self, tier: Tier) -> tuple[str, ...]:
+        return tier.value, *(format_bytes(size) for size in self._tier(tier).values())
+
+
+def _row(name: str, one: Scored) -> tuple[str, str, str, str]:
+    made = one.prediction
+    because = f"{made.bottleneck} needs {format_seconds(made.bound_s)}"
+    options = as_options(one.plan.policy.to_dict())
+    return name, f"{made.generated_tokens_per_s:.4g}", because, options
+
+
+def _as_dict(one: Scored) -> dict[str, Any]:
+    made = one.prediction
+    return {
+        "policy": one.plan.policy.to_dict(),
+        "run_s": made.run_s,
+        "generated_tokens_per_s": made.generated_tokens_per_s,
+        "latency_s": made.latency_s,
+        "bottleneck": made.bottleneck,
+        "bound_s": made.bound_s,
+    }
+
+
+def propose(outlook: Outlook, given: Mapping[str, Any], limits: Limits, date: str) -> Proposal:
+    """Search for a plan; a PlanError where none fits, or none that fits keeps the limits."""
+    began = time.perf_counter()
+    machine = outlook.machine
+    found = search(given, outlook.planner(), outlook.needs, machine, limits, explain=True)
+    if found.best is None:
+        if found.refused:
+            raise PlanError(_too_strict(found.refused))
+        outlook.choose(given)  # tells what is missing
+    assert found.best is not None
+    took_s = time.perf_counter() - began
+    plan = found.best.plan
+    return Proposal(
+        model=outlook.shape.name,
+        device=outlook.device,
+        date=date,
+        profile=f"{machine.profile.name}, {machine.profile.source} {machine.profile.date}",
+        num_requests=len(outlook.needs),
+        found=found,
+        plan=plan,
+        prediction=predict(plan, outlook.needs, machine.profile, machine.emulation),
+        search_s=took_s,
+    )
+
+
+def _too_strict(refused: Sequence[tuple[Scored, str]]) -> str:
+    """The limits no plan keeps, and the plans that come nearest."""
+    quick = min(refused, key=lambda one: one[0].prediction.latency_s)[0].prediction
+    sparing = min(refused, key=lambda one: disk_writes(one[0].prediction))[0].prediction
+    return (
+        f"no plan that fits keeps the limits (of the fastest, {refused[0][1]}). The shortest "
+        f"latency found is {format_seconds(quick.latency_s)}, the fewest bytes written to disk "
+        f"{format_bytes(disk_writes(sparing))} per 1,000 tokens; raise --max-latency or "
+        "--max-disk-writes, or give more memory"
+    )
