@@ -15,7 +15,6 @@ from flexpipe.doctor.machine import cpu_quota, locked_memory_limit
 from flexpipe.errors import FlexpipeError
 from flexpipe.kernels import team
 from flexpipe.memory.tier import TierMemory
-from flexpipe.model.matmul import multiplies_bfloat16_faster
 from flexpipe.plan.hardware import ROOT
 from flexpipe.runtime.device import Device, open_device
 from flexpipe.units import MIB, format_bytes
@@ -120,8 +119,8 @@ def _kernels(available: bool) -> Finding:
 def _bfloat16(device: Device) -> Finding:
     about = "bfloat16"
     if not device.has_streams:
-        faster = multiplies_bfloat16_faster()
-        return ok(about, "multiplied faster than float32" if faster else "computed in float32")
+        known = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return ok(about, "this CPU multiplies it" if known else "this CPU computes it in float32")
     if device.torch_device.type != "cuda" or torch.cuda.is_bf16_supported(False):
         return ok(about, "the device has units for it")
     return note(about, "emulated here, and slow", "--dtype float16, also for bfloat16 checkpoints")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flexpipe.errors import InputError, PolicyError
+from flexpipe.errors import InputError
 from flexpipe.job.bench import Workload, block_rows
 from flexpipe.job.params import SamplingParams
 from flexpipe.job.spec import DEFAULT_OFFLOAD_DIR, checked_emulation
@@ -28,6 +28,7 @@ from flexpipe.plan.plan import Budgets, Plan, Planner, check_fits
 from flexpipe.plan.policy import Policy
 from flexpipe.plan.rule import advice
 from flexpipe.plan.tier import Tier
+from flexpipe.policy.dtype import candidate_dtypes, compute_dtype
 from flexpipe.policy.profile import Profile, read_profile
 from flexpipe.policy.search import best_plan
 from flexpipe.policy.shares import Machine
@@ -35,7 +36,6 @@ from flexpipe.preset import hardware_file
 from flexpipe.units import MIB
 
 PROCESS_BYTES = 512 * MIB  # a Python process with torch, before anything is loaded
-_TYPICAL = (4096.0 * 4096.0, 256.0)  # a weight's elements and the rows that meet it
 
 # fields of an Inquiry: whoever gives the first gives none of the others
 _EXCLUDE: Mapping[str, tuple[str, ...]] = {
@@ -95,7 +95,9 @@ class Outlook:
             device=profile.name,
             device_tier=Tier.CPU if profile.is_cpu else Tier.GPU,
             budgets=_budgets(profile, given),
-            compute_dtype=_dtype(profile, shape.config, given),
+            compute_dtype=compute_dtype(
+                given.get("compute_dtype", "auto"), shape.config, profile.is_cpu, profile
+            ),
         )
 
     @classmethod
@@ -111,22 +113,24 @@ class Outlook:
         needs_rates: bool = True,
     ) -> Outlook:
         """On this machine, as a run would find it now; measured, unless no rate is needed."""
-        from flexpipe.job.prepare import budgets, dtype_to_compute
+        from flexpipe.job.prepare import budgets
         from flexpipe.runtime.device import open_device
         from flexpipe.runtime.profile_cache import machine_profile
 
         opened = open_device(device, emulation)
         Policy(**given).check_device(opened.name)
-        dtype = dtype_to_compute(given, opened, shape.config)
+        asked, on_cpu = given.get("compute_dtype", "auto"), not opened.has_streams
+        dtypes = candidate_dtypes(asked, shape.config, on_cpu)
+        profile = machine_profile(opened.name, offload_dir, dtypes) if needs_rates else None
         return cls(
             shape=shape,
             needs=needs,
-            profile=machine_profile(opened.name, offload_dir, (dtype,)) if needs_rates else None,
+            profile=profile,
             emulation=emulation,
             device=opened.name,
             device_tier=opened.tier,
             budgets=budgets(given, opened, emulation, offload_dir),
-            compute_dtype=dtype,
+            compute_dtype=compute_dtype(asked, shape.config, on_cpu, profile),
         )
 
     def planner(self, compute_dtype: str | None = None) -> Planner:
@@ -252,17 +256,3 @@ def _budgets(profile: Profile, given: Mapping[str, Any]) -> Budgets:
     return Budgets(
         gpu=spend(Tier.GPU), cpu=spend(Tier.CPU), disk=spend(Tier.DISK), overhead=PROCESS_BYTES
     )
-
-
-def _dtype(profile: Profile, config: ModelConfig, given: Mapping[str, Any]) -> str:
-    """The checkpoint's; on a CPU the faster of that and float32, by products with many rows."""
-    asked, known = given.get("compute_dtype", "auto"), profile.compute.matmul
-    rates = {dtype: surface.rate(*_TYPICAL) for dtype, surface in known.items()}
-    dtype: str = config.dtype if asked == "auto" else asked
-    if asked == "auto" and profile.is_cpu:
-        dtype = max(("float32", config.dtype), key=lambda name: rates.get(name, 0.0))
-    if dtype not in known:
-        raise PolicyError(
-            f"{profile.name} has no products in {dtype}; give --dtype, one of {', '.join(known)}"
-        )
-    return dtype

@@ -6,12 +6,14 @@ then is refused with the shortfall and what would fit.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from flexpipe.errors import FlexpipeError
 from flexpipe.job.batcher import Entry
 from flexpipe.job.request import BadLine
 from flexpipe.job.spec import JobSpec
@@ -22,18 +24,21 @@ from flexpipe.memory.offload import OffloadDirectory
 from flexpipe.memory.source import open_checkpoint
 from flexpipe.model.config import ModelConfig
 from flexpipe.model.families import read_config
-from flexpipe.model.matmul import multiplies_bfloat16_faster
 from flexpipe.plan.hardware import Emulation, rss_bytes
 from flexpipe.plan.placement import model_tensors
 from flexpipe.plan.plan import Budgets, Plan, Planner, check_fits
 from flexpipe.plan.policy import Policy
 from flexpipe.plan.rule import advice, choose_plan
 from flexpipe.plan.tier import Tier
+from flexpipe.policy.dtype import candidate_dtypes, compute_dtype
 from flexpipe.policy.profile import Profile
 from flexpipe.policy.search import best_plan
 from flexpipe.policy.shares import Machine
 from flexpipe.runtime.device import Device, open_device
+from flexpipe.runtime.profile_cache import machine_profile
 from flexpipe.runtime.usable import usable_memory
+
+log = logging.getLogger("flexpipe")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +51,7 @@ class Model:
     tokenizer: Tokenizer
     eos_token_ids: frozenset[int]
     compute_dtype: str
+    profile: Profile | None  # of the device; None where there is none to be had
     stored: Mapping[str, StoredTensor]
 
     @cached_property
@@ -70,13 +76,17 @@ class Model:
             config.vocab_size,
             bytes_if_missing=spec.load_format == "dummy" or not needs_text,
         )
+        asked = spec.given.get("compute_dtype", "auto")
+        on_cpu = not device.has_streams
+        profile = _profile(device, offload, candidate_dtypes(asked, config, on_cpu))
         return cls(
             device=device,
             checkpoint=checkpoint,
             config=config,
             tokenizer=tokenizer,
             eos_token_ids=frozenset(_eos_token_ids(checkpoint, config, tokenizer)),
-            compute_dtype=dtype_to_compute(spec.given, device, config),
+            compute_dtype=compute_dtype(asked, config, on_cpu, profile),
+            profile=profile,
             stored={
                 tensor.name: checkpoint.require(tensor.name, tensor.shape)
                 for tensor in model_tensors(config)
@@ -84,14 +94,23 @@ class Model:
         )
 
 
+def _profile(device: Device, offload: OffloadDirectory, dtypes: Sequence[str]) -> Profile | None:
+    """The machine's, measured now if it never was; None, with a line that says why, where that
+    cannot be."""
+    try:
+        return machine_profile(device.name, offload.path, dtypes)
+    except FlexpipeError as error:
+        log.info("nothing is predicted: %s", error)
+        return None
+
+
 def plan_job(
     spec: JobSpec,
     model: Model,
     entries: Sequence[Entry],
     offload: OffloadDirectory,
-    profile: Profile | None,
 ) -> tuple[Plan, list[Entry], list[BadLine]]:
-    """A plan that fits, the best one that a search finds with `profile`; the requests it serves,
+    """A plan that fits, the best one that a search finds; the requests it serves,
     and those that do not fit even alone."""
     limits = budgets(spec.given, model.device, spec.emulation, offload.path)
     compressed = CompressedCache(offload.cache / FOLDER, model.stored, lambda: model.identity)
@@ -116,8 +135,10 @@ def plan_job(
         return best_plan(spec.given, planner, needs, model.device.tier, machine), planner
 
     machine = None
-    if profile is not None:
-        machine = Machine(profile=profile, device_tier=model.device.tier, emulation=spec.emulation)
+    if model.profile is not None:
+        machine = Machine(
+            profile=model.profile, device_tier=model.device.tier, emulation=spec.emulation
+        )
     kept, refused = list(entries), list[BadLine]()
     plan, planner = best(kept)
     if plan.shortfalls():
@@ -159,18 +180,6 @@ def _eos_token_ids(
     if given is not None:
         return tuple(given) if isinstance(given, list) else (int(given),)
     return config.eos_token_ids or tokenizer.eos_token_ids
-
-
-def dtype_to_compute(given: Mapping[str, Any], device: Device, config: ModelConfig) -> str:
-    """The dtype layers compute in; "auto" is the checkpoint's on accelerators, and on CPUs float32
-    but for bfloat16 checkpoints on a machine that multiplies them faster."""
-    asked: str = given.get("compute_dtype", "auto")
-    if asked != "auto":
-        return asked
-    if device.has_streams:
-        return config.dtype
-    narrow = config.dtype == "bfloat16" and multiplies_bfloat16_faster()
-    return "bfloat16" if narrow else "float32"
 
 
 def budgets(

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flexpipe.errors import FlexpipeError, InputError
+from flexpipe.errors import InputError
 from flexpipe.job.batcher import Admitted, Batcher, Entry, Finished
 from flexpipe.job.expectation import Expectation, eta
 from flexpipe.job.intake import Intake
@@ -42,10 +42,8 @@ from flexpipe.plan.hardware import reset_peak_rss
 from flexpipe.plan.plan import Plan
 from flexpipe.plan.policy import Policy
 from flexpipe.plan.tier import Tier
-from flexpipe.policy.profile import Profile
 from flexpipe.runtime.device import Device
 from flexpipe.runtime.executor import ChangeOps, execute
-from flexpipe.runtime.profile_cache import machine_profile
 from flexpipe.runtime.record import Recorder
 from flexpipe.runtime.stage import OpHook, Stage
 from flexpipe.schedule.trace import write_trace
@@ -168,8 +166,7 @@ def _run(job: _Job, offload: OffloadDirectory, probes: Probes) -> Report:
         entries = _take_in(job, intake, outcome)
         if not entries:
             return _nothing_to_do(job, outcome)
-        profile = _profile(job, offload)  # before the plan counts what this process holds
-        plan, entries, refused = plan_job(spec, model, entries, offload, profile)
+        plan, entries, refused = plan_job(spec, model, entries, offload)
         for line in refused:
             outcome.reject(line, spec.fail_fast)
         total = outcome.tally.num_requests
@@ -177,7 +174,7 @@ def _run(job: _Job, offload: OffloadDirectory, probes: Probes) -> Report:
             Progress(total, total - len(entries), enabled=spec.progress)
         )
         unfinished = job.journal.unfinished if job.journal is not None else {}
-        expected = _expect(job, plan, entries, unfinished, profile)
+        expected = _expect(job, plan, entries, unfinished)
 
         def admit(entry: Entry) -> Admitted:
             return probes.on_admit(intake.admit(entry, unfinished.get(entry.index, ())))
@@ -187,24 +184,14 @@ def _run(job: _Job, offload: OffloadDirectory, probes: Probes) -> Report:
         return made if expected is None else _beside(expected, made, entries, outcome.tally)
 
 
-def _profile(job: _Job, offload: OffloadDirectory) -> Profile | None:
-    """This machine's; None, with a line that says why, where there is none to be had."""
-    try:
-        dtypes = (job.model.compute_dtype,)
-        return machine_profile(job.model.device.name, offload.path, dtypes)
-    except FlexpipeError as error:
-        log.info("nothing is predicted: %s", error)
-        return None
-
-
 def _expect(
     job: _Job,
     plan: Plan,
     entries: Sequence[Entry],
     unfinished: Mapping[int, Sequence[int]],
-    profile: Profile | None,
 ) -> Expectation | None:
     """What is left of the job, predicted and told."""
+    profile = job.model.profile
     if profile is None:
         return None
     expected = Expectation.of(

@@ -5,8 +5,7 @@ oneDNN, which torch carries too, keeps its rate down to 64 rows and is up to twi
 (benchmarks/matmul.py), so weights of some size go there, in blocks of rows: oneDNN cannot write
 into a tensor that exists, and a small result comes from memory that the process has touched before.
 A weight that stays may be packed into oneDNN's own layout once, which spares it the work of doing
-so in every product: a tenth at 64 rows, half at 8. In bfloat16 torch.mm is oneDNN's already;
-whether the machine multiplies that faster than float32 is measured (`multiplies_bfloat16_faster`).
+so in every product: a tenth at 64 rows, half at 8. In bfloat16 torch.mm is oneDNN's already.
 
 A weight in the dtype of the wire is converted slice by slice into one scratch that stays in the
 caches, never as a whole; so is a compressed one, in the lane that multiplies.
@@ -17,9 +16,7 @@ Shapes: T tokens, I in features, O out features, B bytes of a compressed row.
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -112,29 +109,6 @@ def packs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> b
         return False
     fits = _PACK_STEP * shape[1] * dtype.itemsize <= PACK_BYTES
     return fits and shape[0] * shape[1] >= _MIN_ELEMENTS
-
-
-@functools.cache
-def multiplies_bfloat16_faster() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices clearly faster than float32 ones.
-
-    Measured once, in some 30 ms and a thread of its own, whose team of workers ends with it: those
-    with instructions for it reach twice the rate, others a fifth.
-    """
-
-    def seconds(dtype: torch.dtype) -> float:
-        x, weight = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-        target = torch.empty(256, 1024, dtype=dtype)
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            _multiply(x, weight, None, target, add=False)
-            times.append(time.perf_counter() - start)
-        return min(times[1:])
-
-    with ThreadPoolExecutor(1, "flexpipe-measure") as thread, torch.inference_mode():
-        ratio = thread.submit(lambda: seconds(torch.float32) / seconds(torch.bfloat16)).result()
-    return ratio > 1.2
 
 
 def convert(weight_OI: Tensor | CompressedWeight, out_OI: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from flexpipe.plan.plan import Plan
 from flexpipe.plan.tier import Tier
 from flexpipe.policy.cost import CostModel
 from flexpipe.policy.estimate import Work, step_work
-from flexpipe.policy.profile import Profile
+from flexpipe.policy.profile import LINKS, Profile
 from flexpipe.schedule.build import schedule
 from flexpipe.schedule.op import Op
 from flexpipe.schedule.places import Counts, IntArray, Part, Places, phases
@@ -87,6 +87,10 @@ class Prediction:
     @property
     def total_s(self) -> float:
         return self.load_s + self.run_s
+
+    @property
+    def link_busy_s(self) -> dict[str, float]:
+        return {name: seconds for name, seconds in self.busy_s.items() if name in LINKS}
 
     @property
     def bound_share(self) -> float:

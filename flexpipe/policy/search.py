@@ -48,6 +48,7 @@ MOST_REPLAYS = 6
 MOST_REFINED = 2
 _OPTIMISM = 1.05  # an estimate may be this much too high and yet belong to the best plan
 _FILL_STEPS = 5
+_ALIKE = 0.98  # times closer than this are the same
 _COMPRESSIONS = ("none", "8", "4")
 
 log = logging.getLogger("flexpipe")
@@ -307,9 +308,18 @@ class _Search:
         return self._scored[plan.policy]
 
     def _better(self, one: Scored | None, other: Scored | None) -> Scored | None:
+        """The faster; of two about as fast the one that moves less, since no prediction is so
+        exact, and a link that has nothing to do cannot disappoint."""
         if one is None or other is None:
             return one or other
+        if min(one.run_s, other.run_s) > _ALIKE * max(one.run_s, other.run_s):
+            return other if self._moved_s(other) < self._moved_s(one) else one
         return other if other.run_s < one.run_s else one
+
+    def _moved_s(self, scored: Scored) -> float:
+        """Seconds that links are busy, and a little of the time itself."""
+        busy = scored.prediction.link_busy_s
+        return sum(busy.values()) + 0.1 * scored.run_s
 
     def _by_rule(self) -> Scored | None:
         """The plan that needs no profile; where everything is given, the plan itself."""

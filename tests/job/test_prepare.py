@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import threading
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from flexpipe.job import prepare
 from flexpipe.job.run import run_job
 from flexpipe.job.spec import JobSpec
-from flexpipe.model.matmul import multiplies_bfloat16_faster
+from flexpipe.policy.curve import Curve, Surface
+from flexpipe.policy.profile import read_profile, render_profile
 
 
 @pytest.mark.parametrize("faster", [True, False])
@@ -27,7 +27,12 @@ def test_a_cpu_computes_in_bfloat16_only_where_it_is_stored_and_faster(
     stored: str,
     faster: bool,
 ) -> None:
-    monkeypatch.setattr(prepare, "multiplies_bfloat16_faster", lambda: faster)
+    rates = {"float32": 1e11, "bfloat16": 2e11 if faster else 5e10}
+    matmul = {dtype: Surface.of({1.0: Curve.flat(rate)}) for dtype, rate in rates.items()}
+    known = read_profile(Path(os.environ["FLEXPIPE_PROFILE"]))
+    changed = replace(known, compute=replace(known.compute, matmul=matmul))
+    (tmp_path / "profile.yaml").write_text(render_profile(changed))
+    monkeypatch.setenv("FLEXPIPE_PROFILE", str(tmp_path / "profile.yaml"))
     (tmp_path / "in.jsonl").write_text(json.dumps({"prompt_token_ids": [5, 6]}) + "\n")
     spec = JobSpec(
         model=str(hf_checkpoint("llama3", dtype=stored)),
@@ -44,14 +49,3 @@ def test_a_cpu_computes_in_bfloat16_only_where_it_is_stored_and_faster(
         expected = "bfloat16" if stored == "bfloat16" and faster else "float32"
     report = run_job(spec)
     assert (report.compute_dtype, report.num_finished) == (expected, 1)
-
-
-def test_the_trial_leaves_no_thread_behind() -> None:
-    num_threads = torch.get_num_threads()
-    before = set(threading.enumerate())
-    multiplies_bfloat16_faster.cache_clear()
-    first = multiplies_bfloat16_faster()
-    assert multiplies_bfloat16_faster.cache_info().misses == 1
-    assert multiplies_bfloat16_faster() is first
-    assert set(threading.enumerate()) <= before
-    assert torch.get_num_threads() == num_threads
