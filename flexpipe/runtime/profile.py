@@ -25,6 +25,7 @@ import torch
 
 from flexpipe.memory.offload import OffloadDirectory
 from flexpipe.model.matmul import packs
+from flexpipe.plan.hardware import free_memory
 from flexpipe.policy.curve import Curve, Surface
 from flexpipe.policy.profile import OVERHEADS, Profile, Rates
 from flexpipe.runtime.device import Device, open_device
@@ -56,14 +57,14 @@ def measure_profile(
 
     An emulated accelerator has its CPU's profile. No `dtypes` means those worth computing in.
     """
-    effort = effort or (QUICK if quick else FULL)
     device = measured_device(device_name)
+    effort = (effort or (QUICK if quick else FULL)).within(free_memory())
     dtypes = dtypes or worthwhile_dtypes(device.torch_device)
     with OffloadDirectory(offload_dir) as offload:
         memory = usable_memory(device, offload.path)
         progress("what ops cost beside their work")
         overheads = _overheads(device, offload.job, effort)
-        with contextlib.closing(DiskTasks(offload.job, effort.file_bytes)) as disk:
+        with contextlib.closing(DiskTasks(offload.job, effort)) as disk:
             progress("links and the disk")
             links = _links(device, disk, effort)
             overheads["read"] = 1 / _watch(CPU, effort).rate(disk.read_page())
@@ -100,7 +101,7 @@ def with_dtypes(
     effort: Effort = QUICK,
 ) -> Profile:
     """The profile, completed by compute dtypes that it lacks."""
-    device = measured_device(device_name)
+    device, effort = measured_device(device_name), effort.within(free_memory())
     found = _compute(device.torch_device, dtypes, effort, progress)
     host = profile.host
     if host is not None:
