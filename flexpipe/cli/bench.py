@@ -3,41 +3,24 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from flexpipe.cli.options import Command, machine_options, model_options, policy_options
-from flexpipe.job.bench import FORMATS, Format, Workload, measure
+from flexpipe.cli.options import (
+    machine_options,
+    model_options,
+    policy_options,
+    workload_options,
+)
+from flexpipe.job.bench import FORMATS, Format, Workload, block_rows, measure
 from flexpipe.job.spec import JobSpec
-from flexpipe.plan.policy import Policy
-
-_DEFAULTS = {name: item.default for name, item in Workload.__dataclass_fields__.items()}
-
-
-def _count(field: str, help: str, least: int = 1) -> Callable[[Command], Command]:
-    return click.option(
-        f"--{field.replace('_', '-')}",
-        type=click.IntRange(min=least),
-        default=_DEFAULTS[field],
-        show_default=True,
-        help=help,
-    )
 
 
 @click.command()
 @model_options
-@_count("prompt_len", "Tokens of each prompt.")
-@_count("gen_len", "Tokens to generate for each prompt; end tokens are ignored.")
-@click.option(
-    "--num-prompts",
-    type=click.IntRange(min=1),
-    help="Number of prompts (default: one block, --gpu-batch-size times --num-gpu-batches).",
-)
-@_count("warmup", "Runs before the first that counts.", least=0)
-@_count("repetitions", "Runs that count.")
+@workload_options
 @click.option(
     "--format",
     "format",
@@ -64,7 +47,7 @@ def bench(
     if as_json and format not in (None, "json"):
         raise click.UsageError(f"--json asks for JSON and --format for {format}; drop one of them")
     workload = Workload(
-        num_prompts=num_prompts or _block(options["given"]),
+        num_prompts=num_prompts or block_rows(options["given"]),
         prompt_len=prompt_len,
         gen_len=gen_len,
         warmup=warmup,
@@ -78,10 +61,3 @@ def bench(
         )
         report = measure(spec, workload)
     print(report.render("json" if as_json else format or "md"))
-
-
-def _block(given: Mapping[str, Any]) -> int:
-    """Rows of one block; what is not given counts as the policy's default."""
-    shape = {key: given[key] for key in ("micro_batch_size", "num_micro_batches") if key in given}
-    policy = Policy(**shape)
-    return policy.micro_batch_size * policy.num_micro_batches

@@ -20,8 +20,11 @@ import click
 from flexpipe import __version__
 from flexpipe.cli.bench import bench
 from flexpipe.cli.demo import demo
+from flexpipe.cli.doctor import doctor
 from flexpipe.cli.profile import profile
 from flexpipe.cli.run import run
+from flexpipe.cli.simulate import simulate
+from flexpipe.cli.sweep import sweep
 from flexpipe.errors import FlexpipeError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -43,6 +46,9 @@ def cli(debug: bool) -> None:
 cli.add_command(run)
 cli.add_command(demo)
 cli.add_command(bench)
+cli.add_command(simulate)
+cli.add_command(sweep)
+cli.add_command(doctor)
 cli.add_command(profile)
 
 
@@ -103,7 +109,7 @@ class _Lines(logging.Handler):
 
 def _go_on(arguments: Sequence[str]) -> str:
     """How to resume: the same command, which keeps what is there."""
-    if not arguments or arguments[0] != "run":
+    if not arguments or arguments[0] not in ("run", "sweep"):
         return ""
     again = shlex.join(["flexpipe", *(word for word in arguments if word != "--overwrite")])
     return f"; what is done is kept, go on with: {again}"

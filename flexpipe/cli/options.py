@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
 
 from flexpipe.errors import FlexpipeError
+from flexpipe.job.bench import Workload
 from flexpipe.job.spec import LOAD_FORMATS, TRACE_SUFFIXES
 from flexpipe.plan.hardware import Emulation
 from flexpipe.plan.policy import (
@@ -155,7 +157,38 @@ def model_options(command: Command) -> Command:
     return _decorated(command, _MODEL_OPTIONS)
 
 
-_MACHINE_OPTIONS = (
+_LOAD_DEFAULTS = {name: item.default for name, item in Workload.__dataclass_fields__.items()}
+
+
+def _load_count(field: str, help: str, least: int = 1) -> Callable[[Command], Command]:
+    return click.option(
+        f"--{field.replace('_', '-')}",
+        type=click.IntRange(min=least),
+        default=_LOAD_DEFAULTS[field],
+        show_default=True,
+        help=help,
+    )
+
+
+_WORKLOAD_OPTIONS = (
+    _load_count("prompt_len", "Tokens of each prompt."),
+    _load_count("gen_len", "Tokens to generate for each prompt; end tokens are ignored."),
+    click.option(
+        "--num-prompts",
+        type=_COUNT,
+        help="Number of prompts (default: one block, --gpu-batch-size times --num-gpu-batches).",
+    ),
+    _load_count("warmup", "Runs before the first that counts.", least=0),
+    _load_count("repetitions", "Runs that count."),
+)
+
+
+def workload_options(command: Command) -> Command:
+    """Add what to measure: the fields of `Workload`, where num_prompts may be None."""
+    return _decorated(command, _WORKLOAD_OPTIONS)
+
+
+_DEVICE_OPTIONS = (
     click.option(
         "--device",
         metavar="auto|cpu|emulated|cuda[:N]",
@@ -175,6 +208,24 @@ _MACHINE_OPTIONS = (
         type=click.Path(path_type=Path),
         help="Directory for what lies on disk; made if it is missing, emptied after the run.",
     ),
+)
+
+
+def device_options(command: Command) -> Command:
+    """Add where to run: device, emulation, offload_dir."""
+
+    @functools.wraps(command)
+    def with_device(device: str | None, emulation: Emulation | None, **others: Any) -> None:
+        implied = "auto" if emulation is None else "emulated"
+        command(device=device or implied, emulation=emulation, **others)
+
+    return _decorated(with_device, _DEVICE_OPTIONS)
+
+
+_JSON_OPTION = click.option(
+    "--json", "as_json", is_flag=True, help="End with the report as one JSON line."
+)
+_REPORT_OPTIONS = (
     click.option(
         "--trace",
         "trace_path",
@@ -182,19 +233,59 @@ _MACHINE_OPTIONS = (
         metavar="|".join(f"FILE{suffix}" for suffix in TRACE_SUFFIXES),
         help="Write what ran when: JSON for Perfetto, or a picture.",
     ),
-    click.option("--json", "as_json", is_flag=True, help="End with the report as one JSON line."),
+    _JSON_OPTION,
 )
 
 
 def machine_options(command: Command) -> Command:
     """Add where to run and what to show: device, emulation, offload_dir, trace_path, as_json."""
+    return device_options(_decorated(command, _REPORT_OPTIONS))
+
+
+_PATH = click.Path(path_type=Path)
+_INQUIRY_OPTIONS = (
+    click.option(
+        "--model",
+        required=True,
+        help="A checkpoint's directory, its hub name, or a model's shape such as opt-175b; no "
+        "weights are needed.",
+    ),
+    click.option("--revision", help="Branch, tag or commit of a hub model."),
+    click.option("--prompt-len", type=_COUNT, help="Tokens of each prompt (default 512)."),
+    click.option("--gen-len", type=_COUNT, help="Tokens to generate for each (default 32)."),
+    click.option("--num-prompts", type=_COUNT, help="Number of prompts (default: one block)."),
+    click.option(
+        "-i",
+        "--input-file",
+        "input_path",
+        type=_PATH,
+        help="Take the requests of this file instead, with their real lengths.",
+    ),
+    click.option(
+        "--max-tokens",
+        type=_COUNT,
+        help="Most tokens to generate where a line of the file does not say (default 128).",
+    ),
+    click.option(
+        "--hardware",
+        metavar="NAME|FILE",
+        help="A machine described on paper, such as t4-gcp (default: this machine).",
+    ),
+    _JSON_OPTION,
+)
+
+
+def inquiry_options(command: Command) -> Command:
+    """Add what a plan that nobody runs is asked about: an `Inquiry`, as `inquiry`; and as_json."""
 
     @functools.wraps(command)
-    def with_device(device: str | None, emulation: Emulation | None, **others: Any) -> None:
-        implied = "auto" if emulation is None else "emulated"
-        command(device=device or implied, emulation=emulation, **others)
+    def with_inquiry(**options: Any) -> None:
+        from flexpipe.job.outlook import Inquiry  # not needed for --help
 
-    return _decorated(with_device, _MACHINE_OPTIONS)
+        asked = {item.name: options.pop(item.name) for item in fields(Inquiry)}
+        command(inquiry=Inquiry(**asked), **options)
+
+    return device_options(_decorated(with_inquiry, _INQUIRY_OPTIONS))
 
 
 def _decorated(command: Command, options: tuple[Callable[[Command], Command], ...]) -> Command:

@@ -10,6 +10,7 @@ import click
 import yaml
 
 from flexpipe.errors import InputError
+from flexpipe.job.spec import DEFAULT_OFFLOAD_DIR
 
 log = logging.getLogger("flexpipe")
 
@@ -50,9 +51,10 @@ def profile(
     """
     if output_path is not None and not output_path.absolute().parent.is_dir():
         raise InputError(f"--output-file {output_path}: there is no directory of that name")
-    from flexpipe.job.run import DEFAULT_OFFLOAD_DIR  # imports torch, so only once all is sound
     from flexpipe.policy.profile import render_profile
     from flexpipe.policy.profile_table import profile_table
+
+    # imports torch, so only once all is sound
     from flexpipe.runtime.profile_cache import machine_profile, profile_path, write_profile
 
     directory = (offload_dir or DEFAULT_OFFLOAD_DIR).expanduser()

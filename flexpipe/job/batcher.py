@@ -78,6 +78,7 @@ class _Live:
     request: Admitted
     pending: tuple[int, ...]
     generated: list[int]
+    since_s: float
 
     def draw(self) -> Draw | None:
         """How its next token is drawn: by (seed, request id, position) and nothing else."""
@@ -108,6 +109,13 @@ class Batcher:
         self._live: dict[tuple[int, int], _Live] = {}
         self._places = Places(plan, (entries[i] for i in order), self._seat, self._make_row)
         self.repeated_tokens = 0  # of earlier runs, prefilled again
+        self._num_left = 0
+        self._stayed_s = 0.0
+
+    @property
+    def latency_s(self) -> float:
+        """Mean seconds from the step that took a request to its last token."""
+        return self._stayed_s / self._num_left if self._num_left else 0.0
 
     @property
     def counts(self) -> Sequence[StepCount]:
@@ -160,6 +168,8 @@ class Batcher:
     ) -> Finished:
         live = self._live.pop(where)
         self._places.leave(*where)
+        self._num_left += 1
+        self._stayed_s += time.perf_counter() - live.since_s
         return Finished(live.request, tuple(live.generated), reason, error)
 
     def _stops(self, live: _Live, token: int) -> FinishReason | None:
@@ -175,7 +185,8 @@ class Batcher:
         request = self._admit(entry)
         pending = request.tokens + request.generated
         self.repeated_tokens += len(request.generated)
-        self._live[mb, place] = _Live(request, pending, list(request.generated))
+        now_s = time.perf_counter()
+        self._live[mb, place] = _Live(request, pending, list(request.generated), now_s)
         return len(pending)
 
     def _make_row(self, mb: int, part: Part) -> Row:

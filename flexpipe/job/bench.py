@@ -23,8 +23,13 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from flexpipe import __version__
 from flexpipe.errors import InputError, RunError
+from flexpipe.job.predicted import Predicted
 from flexpipe.job.report import Report
-from flexpipe.job.spec import JobSpec
+from flexpipe.job.spec import DEFAULT_OFFLOAD_DIR, JobSpec
+from flexpipe.job.table import markdown_table
+from flexpipe.model.config import ModelConfig
+from flexpipe.plan.block import Need
+from flexpipe.plan.policy import Policy
 from flexpipe.units import format_bytes
 
 if TYPE_CHECKING:
@@ -53,19 +58,30 @@ class Workload:
                 option = f"--{item.name.replace('_', '-')}"
                 raise InputError(f"{option} must be at least {least}, got {value}")
 
+    def needs(self, config: ModelConfig) -> list[Need]:
+        """What each prompt comes to; an InputError where that exceeds the model's positions."""
+        needed = self.prompt_len + self.gen_len
+        if needed > config.max_positions:
+            raise InputError(
+                f"--prompt-len {self.prompt_len} and --gen-len {self.gen_len} make {needed}, more "
+                f"than the model's {config.max_positions} positions; lower one of them"
+            )
+        return [Need(self.prompt_len, self.gen_len)] * self.num_prompts
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Figures:
     """What one run came to, or the median or the spread of several; None where nothing was there.
 
     `decode_tokens_per_s` counts the steps that only decode, `generated_tokens_per_s` all generated
-    tokens over prefill and decode.
+    tokens over prefill and decode, `latency_s` is the mean of all requests.
     """
 
     load_s: float | None
     prefill_s: float | None
     decode_s: float | None
     total_s: float | None
+    latency_s: float | None
     prompt_tokens_per_s: float | None
     decode_tokens_per_s: float | None
     generated_tokens_per_s: float | None
@@ -81,6 +97,7 @@ class Figures:
             prefill_s=report.prefill_s,
             decode_s=report.decode_s,
             total_s=report.total_s,
+            latency_s=report.latency_s,
             prompt_tokens_per_s=report.prefill_tokens_per_s,
             decode_tokens_per_s=report.decode_tokens_per_s if report.decode_s else None,
             generated_tokens_per_s=report.generated_tokens_per_s,
@@ -114,6 +131,7 @@ class BenchReport:
     policy: Mapping[str, Any]
     repetitions: Sequence[Figures]
     output_sha256: str
+    prediction: Predicted | None = None
     notes: Sequence[str] = ()
 
     @property
@@ -147,6 +165,7 @@ class BenchReport:
             "repetitions": [asdict(run) for run in self.repetitions],
             "median": asdict(self.median),
             "spread": asdict(self.spread),
+            "prediction": None if self.prediction is None else asdict(self.prediction),
         }
 
     def _rows(self) -> Iterator[tuple[str, Figures]]:
@@ -178,8 +197,9 @@ class BenchReport:
             f"prompts of {load.prompt_len} random tokens (seed {self.seed}), {load.gen_len} tokens "
             f"generated for each, EOS ignored; {load.warmup} warm-up, "
             f"{load.repetitions} repetitions.",
-            f"`{_options(self.policy)}`",
-            _table(["repetition", *map(_head, shown)], rows),
+            f"`{as_options(self.policy)}`",
+            markdown_table(["repetition", *map(_head, shown)], rows),
+            *([] if self.prediction is None else _beside(self.prediction)),
             f"Output tokens, the same in all runs: sha256 `{self.output_sha256}`",
             *(f"Note: {note}" for note in self.notes),
         ]
@@ -213,6 +233,7 @@ def measure(spec: JobSpec, workload: Workload) -> BenchReport:
         policy=counted[-1].policy,
         repetitions=[Figures.of(report) for report in counted],
         output_sha256=digests[0],
+        prediction=Predicted.over([one.prediction for one in counted if one.prediction]),
         notes=_notes(counted),
     )
 
@@ -266,23 +287,16 @@ def _write_prompts(spec: JobSpec, workload: Workload) -> None:
 
     checkpoint = _open(spec)
     config = read_config(checkpoint.config)
-    needed = workload.prompt_len + workload.gen_len
-    if needed > config.max_positions:
-        raise InputError(
-            f"--prompt-len {workload.prompt_len} and --gen-len {workload.gen_len} make {needed}, "
-            f"more than the model's {config.max_positions} positions; lower one of them"
-        )
     special = _special_tokens(checkpoint)
     plain = [token for token in range(config.vocab_size) if token not in special]
     draw = random.Random(spec.seed)
     with spec.input_path.open("w", encoding="utf-8") as file:
-        for index in range(workload.num_prompts):
-            tokens = draw.choices(plain, k=workload.prompt_len)
+        for index, need in enumerate(workload.needs(config)):
+            tokens = draw.choices(plain, k=need.prompt)
             print(json.dumps({"id": index, "prompt_token_ids": tokens}), file=file)
 
 
 def _open(spec: JobSpec) -> Checkpoint:
-    from flexpipe.job.run import DEFAULT_OFFLOAD_DIR
     from flexpipe.memory.offload import OffloadDirectory
     from flexpipe.memory.source import open_checkpoint
 
@@ -331,7 +345,21 @@ def _notes(reports: Sequence[Report]) -> list[str]:
     return notes
 
 
-def _options(policy: Mapping[str, Any]) -> str:
+def _beside(prediction: Predicted) -> list[str]:
+    """The prediction for one repetition beside their median."""
+    rows = [figure.row() for figure in prediction.figures]
+    table = markdown_table(["figure", "predicted", "median", "error"], rows)
+    return [f"{prediction.told()}:", table]
+
+
+def block_rows(given: Mapping[str, Any]) -> int:
+    """Rows of one block; what is not given counts as the policy's default."""
+    shape = {key: given[key] for key in ("micro_batch_size", "num_micro_batches") if key in given}
+    policy = Policy(**shape)
+    return policy.micro_batch_size * policy.num_micro_batches
+
+
+def as_options(policy: Mapping[str, Any]) -> str:
     """The policy as the options that ask for it again."""
     kinds = ("weights", "kv_cache", "hidden")
     percent = (f"{100 * policy[kind][tier]:g}" for kind in kinds for tier in ("gpu", "cpu"))
@@ -354,19 +382,3 @@ def _cell(name: str, run: Figures) -> str:
     if name.endswith("_bytes"):
         return format_bytes(value)
     return f"{value:.1f}" if name.endswith("_per_s") else f"{value:.2f}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table that reads well as it is and as Markdown."""
-    columns = list(zip(head, *rows, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    rule = ["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    lines = [_padded(row, widths) for row in (head, rule, *rows)]
-    return "\n".join(lines)
-
-
-def _padded(row: Sequence[str], widths: Sequence[int]) -> str:
-    first, *rest = row
-    cells = [first.ljust(widths[0])]
-    cells += [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
-    return f"| {' | '.join(cells)} |"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flexpipe.job.batcher import Batcher
 from flexpipe.job.report import LaneUse, LinkUse, Report, ShareUse, TierUse
@@ -47,6 +47,8 @@ class Tally:
     num_finished: int = 0
     num_failed: int = 0
     num_tokens: int = 0
+    # of requests that ended before their limit, by line: the tokens that this run generated
+    num_early: dict[int, int] = field(default_factory=dict)
 
 
 def report(
@@ -74,6 +76,7 @@ def report(
         prefill_s=took.prefill_s,
         decode_s=took.decode_s,
         total_s=measured.load_s + measured.run_s,
+        latency_s=batcher.latency_s,
         tail_s=drain.seconds,
         tail_steps=drain.num_steps,
         tail_bound_s=drain.bound_s,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from flexpipe.job.batcher import Entry
 from flexpipe.job.request import BadLine
@@ -22,7 +23,7 @@ from flexpipe.memory.source import open_checkpoint
 from flexpipe.model.config import ModelConfig
 from flexpipe.model.families import read_config
 from flexpipe.model.matmul import multiplies_bfloat16_faster
-from flexpipe.plan.hardware import rss_bytes
+from flexpipe.plan.hardware import Emulation, rss_bytes
 from flexpipe.plan.placement import model_tensors
 from flexpipe.plan.plan import Budgets, Plan, Planner, check_fits
 from flexpipe.plan.policy import Policy
@@ -72,7 +73,7 @@ class Model:
             config=config,
             tokenizer=tokenizer,
             eos_token_ids=frozenset(_eos_token_ids(checkpoint, config, tokenizer)),
-            compute_dtype=_compute_dtype(spec.given.get("compute_dtype", "auto"), device, config),
+            compute_dtype=dtype_to_compute(spec.given, device, config),
             stored={
                 tensor.name: checkpoint.require(tensor.name, tensor.shape)
                 for tensor in model_tensors(config)
@@ -84,7 +85,7 @@ def plan_job(
     spec: JobSpec, model: Model, entries: Sequence[Entry], offload: OffloadDirectory
 ) -> tuple[Plan, list[Entry], list[BadLine]]:
     """A plan that fits, the requests it serves, and those that do not fit even alone."""
-    limits = _budgets(spec, model.device, offload.path)
+    limits = budgets(spec.given, model.device, spec.emulation, offload.path)
     compressed = CompressedCache(offload.cache / FOLDER, model.stored, lambda: model.identity)
 
     def make(served: Sequence[Entry]) -> tuple[Plan, Planner]:
@@ -142,9 +143,10 @@ def _eos_token_ids(
     return config.eos_token_ids or tokenizer.eos_token_ids
 
 
-def _compute_dtype(asked: str, device: Device, config: ModelConfig) -> str:
+def dtype_to_compute(given: Mapping[str, Any], device: Device, config: ModelConfig) -> str:
     """The dtype layers compute in; "auto" is the checkpoint's on accelerators, and on CPUs float32
     but for bfloat16 checkpoints on a machine that multiplies them faster."""
+    asked: str = given.get("compute_dtype", "auto")
     if asked != "auto":
         return asked
     if device.has_streams:
@@ -153,19 +155,21 @@ def _compute_dtype(asked: str, device: Device, config: ModelConfig) -> str:
     return "bfloat16" if narrow else "float32"
 
 
-def _budgets(spec: JobSpec, device: Device, offload: Path) -> Budgets:
+def budgets(
+    given: Mapping[str, Any], device: Device, emulation: Emulation | None, offload: Path
+) -> Budgets:
     """What each tier may spend: what is free less a margin, or less where the user says so."""
     overhead, free = rss_bytes(), usable_memory(device, offload)
-    cpu = _least(free[Tier.CPU], spec.given.get("cpu_mem"))
+    cpu = _least(free[Tier.CPU], given.get("cpu_mem"))
     gpu = 0
     if device.has_streams:
-        gpu = _least(free[Tier.GPU], spec.given.get("gpu_mem"))
+        gpu = _least(free[Tier.GPU], given.get("gpu_mem"))
     elif device.tier == Tier.GPU:
-        assert spec.emulation is not None
-        asked = spec.given.get("gpu_mem") or spec.emulation.memory_bytes or cpu // 2
+        assert emulation is not None
+        asked = given.get("gpu_mem") or emulation.memory_bytes or cpu // 2
         gpu = min(asked, cpu - overhead)
-        cpu = _least(min(cpu, free[Tier.CPU] - gpu), spec.given.get("cpu_mem"))
-    disk = _least(free[Tier.DISK], spec.given.get("disk_mem"))
+        cpu = _least(min(cpu, free[Tier.CPU] - gpu), given.get("cpu_mem"))
+    disk = _least(free[Tier.DISK], given.get("disk_mem"))
     return Budgets(gpu=gpu, cpu=cpu, disk=disk, overhead=overhead)
 
 

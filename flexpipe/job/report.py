@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from flexpipe.job.predicted import Predicted
+from flexpipe.job.table import plain_table
 from flexpipe.units import format_bytes, format_rate
 
 
@@ -63,6 +65,7 @@ class Report:
     would take if each were as short as the shortest: a pass over the weights. `useful_rows` is the
     share of places that worked over all steps, `useful_tokens` the share of computed tokens that no
     earlier run had computed. `num_earlier` are the requests that an earlier run of the job did.
+    `latency_s` is the mean time of a request from the step that takes it to its last token.
     """
 
     model: str
@@ -80,6 +83,7 @@ class Report:
     prompt_tokens: int
     generated_tokens: int
     decode_step_tokens: int
+    latency_s: float = 0.0
     tail_s: float = 0.0
     tail_steps: int = 0
     tail_bound_s: float = 0.0
@@ -91,7 +95,21 @@ class Report:
     tiers: Sequence[TierUse] = ()
     shares: Sequence[ShareUse] = ()
     policy: Mapping[str, Any] = field(default_factory=dict)
+    prediction: Predicted | None = None
     notes: Sequence[str] = ()
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What a prediction tells too, by the names it has there."""
+        return {
+            "total_s": self.total_s,
+            "load_s": self.load_s,
+            "prefill_s": self.prefill_s,
+            "decode_s": self.decode_s,
+            "latency_s": self.latency_s,
+            **{f"{use.name}_bytes": use.bytes for use in self.links},
+            **{f"peak_{use.tier}_bytes": use.measured_bytes for use in self.tiers},
+        }
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -122,13 +140,16 @@ class Report:
             f"{self.num_finished} of {self.num_requests} requests finished"
             + (f", {self.num_failed} failed" if self.num_failed else "")
             + (f", {self.num_earlier} done by an earlier run" if self.num_earlier else ""),
-            _table(("time", "seconds", "tokens", "tokens/s"), self._times()),
-            _table(("peak memory", "asked", "planned", "measured"), map(_tier_row, self.tiers)),
-            _table(
+            plain_table(("time", "seconds", "tokens", "tokens/s"), self._times()),
+            plain_table(
+                ("peak memory", "asked", "planned", "measured"), map(_tier_row, self.tiers)
+            ),
+            plain_table(
                 ("placement", "tier", "asked", "achieved", "bytes"), map(_share_row, self.shares)
             ),
-            _table(("link", "moved", "busy s", "rate"), map(_link_row, self.links)),
-            _table(("lane", "ops", "busy s", "busy"), map(_lane_row, self.lanes)),
+            plain_table(("link", "moved", "busy s", "rate"), map(_link_row, self.links)),
+            plain_table(("lane", "ops", "busy s", "busy"), map(_lane_row, self.lanes)),
+            self._prediction(),
             f"{self.bottleneck}; {self.useful_rows:.0%} of the places worked, "
             f"{self.useful_tokens:.0%} of the computed tokens were new"
             if self.bottleneck
@@ -145,7 +166,16 @@ class Report:
             ("decode", f"{self.decode_s:.2f}", *_tokens(decoded, self.decode_s)),
             *self._tail(),
             ("total", f"{self.total_s:.2f}", *_tokens(self.generated_tokens, self.total_s)),
+            ("latency of a request", f"{self.latency_s:.2f}", "", ""),
         ]
+
+    def _prediction(self) -> str:
+        """Its table under what it was made with."""
+        made = self.prediction
+        if made is None:
+            return ""
+        head = ("figure", "predicted", "measured", "error")
+        return f"{made.told()}:\n\n{plain_table(head, (figure.row() for figure in made.figures))}"
 
     def _tail(self) -> list[tuple[str, ...]]:
         if not self.tail_steps:
@@ -181,20 +211,3 @@ def _link_row(use: LinkUse) -> tuple[str, ...]:
 
 def _lane_row(use: LaneUse) -> tuple[str, ...]:
     return use.name, str(use.num_ops), f"{use.busy_s:.2f}", f"{use.busy_share:.0%}"
-
-
-def _table(head: Sequence[str], rows: Any) -> str:
-    """Columns as wide as their widest cell, names to the left, figures to the right."""
-    body = [tuple(row) for row in rows]
-    if not body:
-        return ""
-    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-    return "\n".join(_line(row, widths) for row in (head, *body))
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first, *rest = (
-        cell.rjust(width) if index else cell.ljust(width)
-        for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    )
-    return "  ".join(["  " + first, *rest]).rstrip()

@@ -80,6 +80,12 @@ class RequestFile:
                     # plain lines are named by their number, so no two are alike
                     yield _unless_used(item, first_lines) if self.is_json else item
 
+    @property
+    def has_text(self) -> bool:
+        """Whether some line has text to encode; a model may come without a tokenizer otherwise."""
+        requests = (item for item in self if isinstance(item, Request))
+        return any(request.prompt_token_ids is None for request in requests)
+
     def at(self, offset: int, index: int) -> Request:
         """The request of line `index`, which starts at `offset`, read again."""
         with _opened(self.path) as file:

@@ -15,13 +15,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flexpipe.errors import InputError
+from flexpipe.errors import FlexpipeError, InputError
 from flexpipe.job.batcher import Admitted, Batcher, Entry, Finished
+from flexpipe.job.expectation import Expectation, eta
 from flexpipe.job.intake import Intake
 from flexpipe.job.journal import Journal, SystemCalls, digest_input, path_for
 from flexpipe.job.measure import Measured, Tally, report
@@ -30,23 +31,25 @@ from flexpipe.job.progress import Progress
 from flexpipe.job.report import Report
 from flexpipe.job.request import BadLine, Request, RequestFile, is_stream, spool
 from flexpipe.job.result import Done, Rejection, Result, ResultWriter, check_output, read_done
-from flexpipe.job.spec import JobSpec
+from flexpipe.job.spec import DEFAULT_OFFLOAD_DIR, JobSpec
 from flexpipe.job.stop import cut_at_stop
 from flexpipe.job.tokenizer import Tokenizer
 from flexpipe.memory.disk import DiskFile, physical_bytes_read
 from flexpipe.memory.offload import OffloadDirectory
+from flexpipe.plan.block import Need, longest_first
 from flexpipe.plan.codec import FORMAT_VERSION
 from flexpipe.plan.hardware import reset_peak_rss
 from flexpipe.plan.plan import Plan
 from flexpipe.plan.policy import Policy
 from flexpipe.plan.tier import Tier
+from flexpipe.policy.profile import Profile
 from flexpipe.runtime.device import Device
 from flexpipe.runtime.executor import ChangeOps, execute
+from flexpipe.runtime.profile_cache import machine_profile
 from flexpipe.runtime.record import Recorder
 from flexpipe.runtime.stage import OpHook, Stage
 from flexpipe.schedule.trace import write_trace
-
-DEFAULT_OFFLOAD_DIR = Path("~/.cache/flexpipe")
+from flexpipe.units import format_seconds
 
 log = logging.getLogger("flexpipe")
 
@@ -79,7 +82,7 @@ def run_job(spec: JobSpec, probes: Probes | None = None) -> Report:
         if is_stream(path):
             path = spool(sys.stdin.buffer if str(path) == "-" else path.open("rb"), offload.job)
         file = RequestFile(path, spec.params)
-        model = Model.open(spec, offload, needs_text=_needs_text(file))
+        model = Model.open(spec, offload, needs_text=file.has_text)
         journal = _open_journal(spec, model, path, probes)
         if journal is not None:
             stack.enter_context(journal)
@@ -89,12 +92,6 @@ def run_job(spec: JobSpec, probes: Probes | None = None) -> Report:
         if journal is not None:
             journal.close(complete=True)
     return made
-
-
-def _needs_text(file: RequestFile) -> bool:
-    """Whether some line has text to encode; a model may come without a tokenizer otherwise."""
-    requests = (item for item in file if isinstance(item, Request))
-    return any(request.prompt_token_ids is None for request in requests)
 
 
 def _open_journal(spec: JobSpec, model: Model, path: Path, probes: Probes) -> Journal | None:
@@ -171,6 +168,7 @@ def _run(job: _Job, offload: OffloadDirectory, probes: Probes) -> Report:
         entries = _take_in(job, intake, outcome)
         if not entries:
             return _nothing_to_do(job, outcome)
+        profile = _profile(job, offload)  # before the plan counts what this process holds
         plan, entries, refused = plan_job(spec, model, entries, offload)
         for line in refused:
             outcome.reject(line, spec.fail_fast)
@@ -179,12 +177,68 @@ def _run(job: _Job, offload: OffloadDirectory, probes: Probes) -> Report:
             Progress(total, total - len(entries), enabled=spec.progress)
         )
         unfinished = job.journal.unfinished if job.journal is not None else {}
+        expected = _expect(job, plan, entries, unfinished, profile)
 
         def admit(entry: Entry) -> Admitted:
             return probes.on_admit(intake.admit(entry, unfinished.get(entry.index, ())))
 
         batcher = Batcher(plan, entries, admit, outcome.finish, outcome.go_on)
-        return _compute(job, plan, batcher, outcome, offload, probes)
+        made = _compute(job, plan, batcher, outcome, offload, probes)
+        return made if expected is None else _beside(expected, made, entries, outcome.tally)
+
+
+def _profile(job: _Job, offload: OffloadDirectory) -> Profile | None:
+    """This machine's; None, with a line that says why, where there is none to be had."""
+    try:
+        dtypes = (job.model.compute_dtype,)
+        return machine_profile(job.model.device.name, offload.path, dtypes)
+    except FlexpipeError as error:
+        log.info("nothing is predicted: %s", error)
+        return None
+
+
+def _expect(
+    job: _Job,
+    plan: Plan,
+    entries: Sequence[Entry],
+    unfinished: Mapping[int, Sequence[int]],
+    profile: Profile | None,
+) -> Expectation | None:
+    """What is left of the job, predicted and told."""
+    if profile is None:
+        return None
+    expected = Expectation.of(
+        plan,
+        [_left(entry.need, len(unfinished.get(entry.index, ()))) for entry in entries],
+        longest_first([entry.need for entry in entries]),
+        profile,
+        job.spec.emulation,
+    )
+    if expected is not None:
+        log.info("%s", eta(expected.prediction))
+    return expected
+
+
+def _left(need: Need, num_generated: int) -> Need:
+    """What a request still needs that an earlier run generated so much for."""
+    return Need(need.prompt + num_generated, need.output - num_generated)
+
+
+def _beside(expected: Expectation, made: Report, entries: Sequence[Entry], tally: Tally) -> Report:
+    """The report with the prediction, made again where answers ended early."""
+    fewer = {
+        index: tally.num_early[entry.index]
+        for index, entry in enumerate(entries)
+        if entry.index in tally.num_early
+    }
+    prediction = expected.compare(made.figures, fewer)
+    if not fewer:
+        return replace(made, prediction=prediction)
+    note = (
+        f"{len(fewer)} answers ended before their limits; predicted is the job with the lengths "
+        f"that came ({format_seconds(expected.prediction.total_s)} was for the limits)"
+    )
+    return replace(made, prediction=prediction, notes=[*made.notes, note])
 
 
 def _compute(
@@ -332,7 +386,10 @@ class _Outcome:
             log.warning("request %r failed: %s", entry.id, end.error)
         if self._journal is not None:
             self._journal.done(entry.index)
-        self.tally.num_tokens += len(end.tokens) - len(end.request.generated)
+        num_tokens = len(end.tokens) - len(end.request.generated)
+        if len(end.tokens) < entry.num_output:
+            self.tally.num_early[entry.index] = num_tokens
+        self.tally.num_tokens += num_tokens
         self.tally.num_failed += end.error is not None
         self.tally.num_finished += end.error is None
         if self.progress is not None:

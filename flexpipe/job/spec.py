@@ -20,6 +20,7 @@ from flexpipe.plan.hardware import Emulation
 
 LoadFormat = Literal["auto", "dummy"]
 LOAD_FORMATS: tuple[LoadFormat, ...] = get_args(LoadFormat)
+DEFAULT_OFFLOAD_DIR = Path("~/.cache/flexpipe")
 TRACE_SUFFIXES = (".json", ".png", ".svg")
 _DEVICE = re.compile(r"auto|cpu|emulated|(cuda|xpu|mps|mtia|npu|hpu)(:[0-9]+)?")
 
@@ -62,7 +63,7 @@ class JobSpec:
             raise InputError(
                 f"--load-format is one of {', '.join(LOAD_FORMATS)}, got {self.load_format!r}"
             )
-        self._check_device()
+        object.__setattr__(self, "emulation", checked_emulation(self.device, self.emulation))
         self._check_paths()
 
     @property
@@ -78,20 +79,6 @@ class JobSpec:
             ignore_eos=self.ignore_eos,
         )
 
-    def _check_device(self) -> None:
-        if not _DEVICE.fullmatch(self.device):
-            raise InputError(
-                f"--device {self.device!r} is unknown; use auto, cpu, emulated, or a torch "
-                "accelerator such as cuda or cuda:1"
-            )
-        if self.device == "emulated" and self.emulation is None:
-            object.__setattr__(self, "emulation", Emulation())
-        if self.device != "emulated" and self.emulation is not None:
-            raise InputError(
-                f"--emulate describes an emulated accelerator, but --device is {self.device}; "
-                "use --device emulated or drop one of the two"
-            )
-
     def _check_paths(self) -> None:
         for option, path in (
             ("--input-file", self.input_path),
@@ -106,6 +93,23 @@ class JobSpec:
             )
         if self.trace_path is not None and self.trace_path.suffix not in TRACE_SUFFIXES:
             raise InputError(f"--trace {self.trace_path} must end in {', '.join(TRACE_SUFFIXES)}")
+
+
+def checked_emulation(device: str, emulation: Emulation | None) -> Emulation | None:
+    """What `device` pretends to be: None unless it is "emulated", and never None there."""
+    if not _DEVICE.fullmatch(device):
+        raise InputError(
+            f"--device {device!r} is unknown; use auto, cpu, emulated, or a torch accelerator such "
+            "as cuda or cuda:1"
+        )
+    if device == "emulated":
+        return emulation or Emulation()
+    if emulation is not None:
+        raise InputError(
+            f"--emulate describes an emulated accelerator, but --device is {device}; use --device "
+            "emulated or drop one of the two"
+        )
+    return None
 
 
 def _same_file(one: Path, other: Path) -> bool:

@@ -566,7 +566,7 @@ def _direct_works(path: Path, device: int, *, writing: bool) -> bool:
     with _mounts_lock:
         key = (device, writing)
         if key not in _mounts:
-            _mounts[key] = _probe_write(path.parent) if writing else _probe_read(path)
+            _mounts[key] = writes_directly(path.parent) if writing else _probe_read(path)
         if not _mounts[key] and device not in _told:
             _told.add(device)
             log.warning(
@@ -577,7 +577,7 @@ def _direct_works(path: Path, device: int, *, writing: bool) -> bool:
         return _mounts[key]
 
 
-def _probe_write(folder: Path) -> bool:
+def writes_directly(folder: Path) -> bool:
     """Whether a block written directly into `folder` can be read back directly."""
     block, back = aligned_buffer(ALIGN), aligned_buffer(ALIGN)
     block[:] = np.arange(ALIGN) % 251

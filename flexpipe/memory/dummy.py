@@ -83,7 +83,7 @@ def open_dummy(
     """Checkpoint of random weights for a directory or file with a config, a preset, or a hub id."""
     from flexpipe.model.families import read_config
 
-    directory, hf_config = _find_shape(model, revision)
+    directory, hf_config = find_shape(model, revision)
     return Checkpoint(
         directory=directory,
         config=hf_config,
@@ -107,8 +107,10 @@ def dummy_tensors(
     return {spec.name: _named(header[_stored_name(config, spec)], spec) for spec in _all(config)}
 
 
-def _find_shape(model: str | Path, revision: str | None) -> tuple[Path | None, dict[str, Any]]:
-    """Directory of the tokenizer, if any, and the Hugging Face config."""
+def find_shape(
+    model: str | Path, revision: str | None = None
+) -> tuple[Path | None, dict[str, Any]]:
+    """Directory of the tokenizer, if any, and the Hugging Face config; weights are not needed."""
     path = Path(model).expanduser()
     if path.is_dir():
         return path, read_json(path / "config.json")

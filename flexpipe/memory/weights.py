@@ -59,7 +59,7 @@ class WeightStore:
         self.compressed_bytes = 0  # written to files that were missing or damaged
         pools = {(pool.name, pool.tier): pool for pool in plan.pools}
         self._take_resident(memory)
-        for owner, num_bytes in plan.host_slabs.items():
+        for owner, num_bytes in plan.layer_bytes.host_slabs.items():
             self._host[owner] = memory.take_on_host(num_bytes, f"weights of {owner}")
         slots = pools.get(("weight slots", plan.device_tier))
         self._slots = [

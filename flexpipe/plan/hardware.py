@@ -66,6 +66,12 @@ class Emulation:
             values[name] = _read(key, value, read)
         return cls(**values)  # type: ignore[arg-type]
 
+    @property
+    def spelled(self) -> str:
+        """The text that `parse` reads as this."""
+        values = {key: getattr(self, name) for key, (name, _) in _EMULATED.items()}
+        return ",".join(f"{key}={value:f}" for key, value in values.items() if value is not None)
+
 
 def _read(key: str, text: str, read: Callable[[str], float]) -> float:
     try:

@@ -74,6 +74,75 @@ class Budgets:
         return num_bytes
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerBytes:
+    """What a stage's layers come to, whatever the block: bytes at home beside the device, the
+    largest slot and the largest read, and host memory that weights travel from, by owner.
+
+    A layer's tensors are one slab, so that its load is one move. What the head's slices or the
+    embedding use is a slab per tensor, by tensor name: a tied one serves both.
+    `max_convert_elements` is the size of the largest weight that meets a product in another dtype
+    than its own, `wire_bytes` the width of the widest number, and some may be compressed.
+    """
+
+    resident: int
+    slot: int
+    stage: int
+    host_slabs: Mapping[str, int]
+    max_convert_elements: int
+    wire_bytes: int
+    is_compressed: bool
+
+    @classmethod
+    def of(
+        cls,
+        layers: Sequence[LayerPlan],
+        placement: Placement,
+        embedding: PlacedTensor,
+        device: Tier,
+        compute_dtype: str,
+    ) -> LayerBytes:
+        resident = {
+            part.tensor.spec.name: round_up(part.tensor.num_bytes, PACK_ALIGN)
+            for layer in layers
+            for part in layer.resident
+        }
+        convert = [
+            part.tensor.spec.num_elements // part.tensor.spec.shape[0] * part.shape[0]
+            for layer in layers
+            for part in (*layer.resident, *layer.streamed.parts)
+            if part.tensor.dtype != compute_dtype
+            # looked up row by row; the head multiplies by all of it where it is tied
+            and (layer.kind == LayerKind.HEAD or part.tensor.spec.role != "embed_tokens")
+        ]
+        return cls(
+            resident=sum(resident.values()),
+            slot=max(layer.streamed.num_bytes for layer in layers),
+            stage=max(layer.streamed.read_bytes for layer in layers),
+            host_slabs=_host_slabs(layers, embedding, device),
+            max_convert_elements=max(convert, default=0),
+            wire_bytes=max(HELD_BYTES[placed.dtype] for placed in placement.tensors.values()),
+            is_compressed=any(placed.codec for placed in placement.tensors.values()),
+        )
+
+
+def _host_slabs(
+    layers: Sequence[LayerPlan], embedding: PlacedTensor, device: Tier
+) -> dict[str, int]:
+    slabs = {}
+    for layer in layers:
+        if layer.kind != LayerKind.HEAD:
+            slabs[layer.name] = layer.streamed.pack_bytes
+            continue
+        for part in layer.streamed.parts:
+            if part.tensor.home == Tier.CPU:
+                name = part.tensor.spec.name
+                slabs[name] = round_up(part.tensor.num_bytes, PACK_ALIGN)
+    if device != Tier.CPU and embedding.home == Tier.CPU:
+        slabs[embedding.spec.name] = round_up(embedding.num_bytes, PACK_ALIGN)
+    return {name: num_bytes for name, num_bytes in slabs.items() if num_bytes}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """A policy resolved for one stage, one model and one set of requests."""
@@ -84,6 +153,7 @@ class Plan:
     compute_dtype: str
     placement: Placement
     layers: tuple[LayerPlan, ...]
+    layer_bytes: LayerBytes
     micro_batches: tuple[MicroBatchPlan, ...]
     budgets: Budgets
 
@@ -191,54 +261,27 @@ class Plan:
 
     def _weight_pools(self) -> list[PoolPlan]:
         device = self.device_tier
-        resident = {
-            part.tensor.spec.name: round_up(part.tensor.num_bytes, PACK_ALIGN)
-            for layer in self.layers
-            for part in layer.resident
-        }
-        slot_bytes = max(layer.streamed.num_bytes for layer in self.layers)
-        stage_bytes = max(layer.streamed.read_bytes for layer in self.layers)
+        sizes = self.layer_bytes
         pools = [
-            PoolPlan(name="weights", tier=device, slot_bytes=sum(resident.values())),
+            PoolPlan(name="weights", tier=device, slot_bytes=sizes.resident),
             PoolPlan(
                 name="weight slots",
                 tier=device,
-                slot_bytes=slot_bytes,
+                slot_bytes=sizes.slot,
                 num_slots=self.num_weight_slots,
             ),
         ]
         if self.streams_to_device:
             pools += [
-                PoolPlan(name="weights", tier=Tier.CPU, slot_bytes=sum(self.host_slabs.values())),
+                PoolPlan(name="weights", tier=Tier.CPU, slot_bytes=sum(sizes.host_slabs.values())),
                 PoolPlan(
                     name="weight staging",
                     tier=Tier.CPU,
-                    slot_bytes=stage_bytes,
+                    slot_bytes=sizes.stage,
                     num_slots=NUM_STAGES,
                 ),
             ]
         return pools
-
-    @cached_property
-    def host_slabs(self) -> dict[str, int]:
-        """Bytes of host memory that weights travel from, by owner.
-
-        A layer's tensors are one slab, so that its load is one move. What the head's slices or the
-        embedding use is a slab per tensor, by tensor name: a tied one serves both.
-        """
-        slabs = {}
-        for layer in self.layers:
-            if layer.kind != LayerKind.HEAD:
-                slabs[layer.name] = layer.streamed.pack_bytes
-                continue
-            for part in layer.streamed.parts:
-                if part.tensor.home == Tier.CPU:
-                    name = part.tensor.spec.name
-                    slabs[name] = round_up(part.tensor.num_bytes, PACK_ALIGN)
-        embed = self.embedding
-        if self.embed_streams and embed.home == Tier.CPU:
-            slabs[embed.spec.name] = round_up(embed.num_bytes, PACK_ALIGN)
-        return {name: num_bytes for name, num_bytes in slabs.items() if num_bytes}
 
     def _kv_pools(self) -> list[PoolPlan]:
         layers, token_bytes = self.config.num_layers, self.token_bytes
@@ -350,19 +393,6 @@ class Plan:
         return round_up(tokens * self.embedding.row_bytes, 64)
 
     @property
-    def max_convert_elements(self) -> int:
-        """Of the largest weight that meets a product in another dtype than its own."""
-        convert = [
-            part.tensor.spec.num_elements // part.tensor.spec.shape[0] * part.shape[0]
-            for layer in self.layers
-            for part in (*layer.resident, *layer.streamed.parts)
-            if part.tensor.dtype != self.compute_dtype
-            # looked up row by row; the head multiplies by all of it where it is tied
-            and (layer.kind == LayerKind.HEAD or part.tensor.spec.role != "embed_tokens")
-        ]
-        return max(convert, default=0)
-
-    @property
     def workspace_bytes(self) -> int:
         """Temporaries of the largest compute op."""
         return workspace_bytes(
@@ -370,10 +400,10 @@ class Plan:
             num_tokens=max(mb.max_new_tokens for mb in self.micro_batches),
             num_rows=max(mb.num_places for mb in self.micro_batches),
             compute_bytes=self.compute_bytes,
-            max_convert_elements=self.max_convert_elements,
+            max_convert_elements=self.layer_bytes.max_convert_elements,
             kv_codec=self.policy.cache_codec,
             max_length=max(mb.region_tokens for mb in self.micro_batches),
-            wire_bytes=max(HELD_BYTES[placed.dtype] for placed in self.placement.tensors.values()),
+            wire_bytes=self.layer_bytes.wire_bytes,
         )
 
     @property
@@ -407,8 +437,8 @@ class Plan:
     def _widen_bytes(self, num_tokens: int) -> int:
         """What widening compressed weights takes, a slice at a time, or all embedding rows."""
         looked_up = num_tokens * self.config.input_size if self.embedding.codec else 0
-        codecs = (placed.codec for placed in self.placement.tensors.values())
-        multiplied = self.max_convert_elements if any(codecs) else 0
+        sizes = self.layer_bytes
+        multiplied = sizes.max_convert_elements if sizes.is_compressed else 0
         gathered = 0 if self.embed_streams or not looked_up else num_tokens
         gathered *= self.embedding.row_bytes
         return max(widen_bytes(multiplied), gathered + widen_bytes(looked_up, in_slices=False))
@@ -488,8 +518,16 @@ class Planner:
         self._compute_dtype = compute_dtype
         self._compress = compress
         self._placements: dict[object, Placement] = {}
-        self._layers: dict[object, tuple[LayerPlan, ...]] = {}
+        self._layers: dict[object, tuple[tuple[LayerPlan, ...], LayerBytes]] = {}
         self._blocks: dict[object, tuple[MicroBatchPlan, ...]] = {}
+
+    @property
+    def config(self) -> ModelConfig:
+        return self._config
+
+    @property
+    def compute_dtype(self) -> str:
+        return self._compute_dtype
 
     def __call__(self, policy: Policy) -> Plan:
         """The plan for `policy`; raises PolicyError where a share cannot be met."""
@@ -499,7 +537,8 @@ class Planner:
             device_tier=self._device_tier,
             compute_dtype=self._compute_dtype,
             placement=self._placement(policy),
-            layers=self._layers_of(policy),
+            layers=self._layers_of(policy)[0],
+            layer_bytes=self._layers_of(policy)[1],
             micro_batches=self._block(policy),
             budgets=self._budgets,
         )
@@ -520,11 +559,16 @@ class Planner:
             )
         return self._placements[key]
 
-    def _layers_of(self, policy: Policy) -> tuple[LayerPlan, ...]:
+    def _layers_of(self, policy: Policy) -> tuple[tuple[LayerPlan, ...], LayerBytes]:
         key = (*_weight_knobs(policy), policy.separate_layers)
         if key not in self._layers:
             placement = self._placement(policy)
-            self._layers[key] = stage_layers(self._config, policy, placement, self._device_tier)
+            layers = stage_layers(self._config, policy, placement, self._device_tier)
+            embedding = placement.tensors[self._config.tensor_names["embed_tokens"]]
+            sizes = LayerBytes.of(
+                layers, placement, embedding, self._device_tier, self._compute_dtype
+            )
+            self._layers[key] = layers, sizes
         return self._layers[key]
 
     def _block(self, policy: Policy) -> tuple[MicroBatchPlan, ...]:

@@ -39,6 +39,7 @@ from flexpipe.schedule.simulate import Cost
 from flexpipe.schedule.step import MicroBatch, Row
 
 IN_FLIGHT = 8  # scattered reads and writes of one op at a time
+FETCHED_BYTES = 8 + 1  # of a sampled row: its token, and whether its logits were finite
 # numbers that go through a norm's worth of work, relative to one of the hidden's
 _ROPE, _APPEND, _GATE, _LOOKUP = 1.0, 0.4, 0.5, 0.3
 # how a layer's fixed cost falls on its segments
@@ -97,7 +98,7 @@ class CostModel:
         self._shapes: dict[int, tuple[MicroBatch, Shape]] = {}
         self._products: dict[tuple[int, Segment | None, int], float] = {}
         self._classes: dict[object, int] = {}
-        self._class_of = [self._classify(layer) for layer in plan.layers]
+        self._class_of: dict[int, int] = {}  # by position
         self._costs: dict[object, Cost] = {}
         self._price: Mapping[Kind, Callable[[Op], Cost]] = {
             Kind.READ_WEIGHT: self._read_weight,
@@ -153,6 +154,23 @@ class CostModel:
             known = self._shapes[batch.index] = (batch, _shape(batch, self.plan, self._windows))
         return known[1]
 
+    @cached_property
+    def alike(self) -> list[tuple[LayerPlan, int]]:
+        """Layers that cost micro-batches the same: the first of each kind, and their number."""
+        counts: dict[tuple[int, int | None, bool], int] = defaultdict(int)
+        first: dict[tuple[int, int | None, bool], LayerPlan] = {}
+        last = self.plan.layers[-1]
+        for layer in self.plan.layers:
+            window = None if layer.layer is None else self._config.window(layer.layer)
+            key = self._class(layer.position), window, layer is last
+            counts[key] += 1
+            first.setdefault(key, layer)
+        return [(layer, counts[key]) for key, layer in first.items()]
+
+    def know(self, batch: MicroBatch, shape: Shape) -> None:
+        """Take `batch` for one of this shape, whatever its rows."""
+        self._shapes[batch.index] = (batch, shape)
+
     # moves
 
     def _move(self, link: str, num_bytes: int, pieces: int = 1) -> Cost:
@@ -168,11 +186,18 @@ class CostModel:
         self, link: str, num_bytes: int, size: float, overhead_s: float, activity: str
     ) -> Cost:
         """Bytes over a link; an emulated one takes its own time where that is longer."""
-        curve = self.profile.links.get(link)
+        curve = self._link(link)
         work = overhead_s + (curve.seconds(num_bytes, max(size, 1.0)) if curve else 0.0)
         rate = getattr(self.emulation, f"{link}_bytes_per_s") if self.emulation else None
         seconds = max(work, num_bytes / rate) if rate else work
         return Cost(seconds, activity, work / seconds if seconds else 1.0, link, num_bytes)
+
+    def _link(self, name: str) -> Curve | None:
+        """A host link's rate depends on whether the host's side is page-locked."""
+        pageable = self.profile.details.get(f"{name}_pageable")
+        if pageable is not None and not self.plan.policy.pin_weights:
+            return pageable
+        return self.profile.links.get(name)
 
     def _read_weight(self, op: Op) -> Cost:
         layout = self.plan.layers[op.layer].streamed
@@ -183,11 +208,12 @@ class CostModel:
         return self._move("h2d", layout.num_bytes, 1 + bool(layout.extents and layout.pack_bytes))
 
     def _read_embed(self, op: Op) -> Cost:
+        """Every token as if it were the micro-batch's only one like it; the engine reads equal ones
+        once."""
         num_bytes = self._shape(op).num_new * self.plan.embedding.row_bytes
         if self.plan.embed_home == Tier.DISK:
             return self._disk("disk_read", num_bytes, self._shape(op).num_new)
-        copied = self._host_copy(num_bytes)
-        return Cost(self.profile.overhead("move") + copied, "copy", link="disk_read")
+        return Cost(self.profile.overhead("move") + self._host_copy(num_bytes), "copy")
 
     def _host_copy(self, num_bytes: int) -> float:
         """Seconds to copy bytes within host memory, as good as is known."""
@@ -301,7 +327,9 @@ class CostModel:
         return Cost(self.profile.overhead("other") + logits / rate, "compute")
 
     def _fetch(self, op: Op) -> Cost:
-        return Cost(self.profile.overhead("move"), "copy", link="")
+        if self.plan.streams_to_device:
+            return self._move("d2h", self._shape(op).num_sampled * FETCHED_BYTES)
+        return Cost(self.profile.overhead("move"), "copy")
 
     def _commit(self, op: Op) -> Cost:
         rows = self._shape(op).num_rows
@@ -350,7 +378,7 @@ class CostModel:
 
     def _products_s(self, position: int, segment: Segment | None, rows: int) -> float:
         """A layer's products with `rows` tokens, conversion of their weights included."""
-        key = self._class_of[position], segment, rows
+        key = self._class(position), segment, rows
         seconds = self._products.get(key)
         if seconds is None:
             layer = self.plan.layers[position]
@@ -421,15 +449,19 @@ class CostModel:
             "measure it with flexpipe profile, or add it to the hardware file"
         )
 
-    def _classify(self, layer: LayerPlan) -> int:
+    def _class(self, position: int) -> int:
         """Layers whose products cost the same, by number."""
+        if position in self._class_of:
+            return self._class_of[position]
+        layer = self.plan.layers[position]
         key = (
             layer.kind,
-            layer.vocab and layer.vocab[1] - layer.vocab[0],
+            layer.vocab and (layer.vocab[0] == 0, layer.vocab[1] - layer.vocab[0]),
             *((part.shape, part.tensor.dtype, part.tensor.codec, True) for part in layer.resident),
             *((part.shape, part.tensor.dtype, part.tensor.codec) for part in layer.streamed.parts),
         )
-        return self._classes.setdefault(key, len(self._classes))
+        made = self._class_of[position] = self._classes.setdefault(key, len(self._classes))
+        return made
 
 
 def _shape(batch: MicroBatch, plan: Plan, windows: tuple[int | None, ...]) -> Shape:

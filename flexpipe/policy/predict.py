@@ -2,17 +2,19 @@
 
 A job's steps follow from its requests (`flexpipe.schedule.places`), its ops from its steps, their
 costs from the machine. Short jobs are simulated whole. Of long ones the steps are counted with
-every so manieth request, a few steps unlike each other stand for all, and each is simulated with
-few layers: twice in a row, with two numbers of layers, so that what a step and what a layer adds
-in the steady state are differences. Requests are taken to generate all the tokens they may.
+every so manieth request; every kind of step among them is priced as if its lanes overlapped
+perfectly, and for a few, unlike each other, the simulator tells how much longer they take. It
+plays those with few layers: twice in a row, with two numbers of layers, so that what a step and
+what a layer adds in the steady state are differences. Requests are taken to generate all the
+tokens they may.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,17 +24,36 @@ from flexpipe.plan.layer import LayerPlan
 from flexpipe.plan.plan import Plan
 from flexpipe.plan.tier import Tier
 from flexpipe.policy.cost import CostModel
+from flexpipe.policy.estimate import Work, step_work
 from flexpipe.policy.profile import Profile
 from flexpipe.schedule.build import schedule
+from flexpipe.schedule.op import Op
 from flexpipe.schedule.places import Counts, IntArray, Part, Places, phases
 from flexpipe.schedule.simulate import Simulated, SimulatedSpan, simulate
 from flexpipe.schedule.step import MicroBatch, Row
 
-EXACT_OPS = 20_000  # a job of so many is simulated whole
-SAMPLED_OPS = 20_000  # of the steps that stand for a longer one
-MOST_SAMPLES = 12
+DRAWN_OPS = 5_000  # a timeline of more is hard to read
+_GRAINS = (0.02, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)  # in powers of two of tokens
 FULL_BLOCKS = 4  # a job of more blocks than this is counted with every so manieth request
-FEW_LAYERS = (4, 12)  # beside the other kinds of layer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Effort:
+    """How much of a job is simulated: all of it up to `exact_ops`; else about `sampled_ops` in
+    `few` and then in `more` decoder layers, of `least` to `most` steps, after up to `most_groups`
+    kinds of steps were priced."""
+
+    exact_ops: int = 20_000
+    sampled_ops: int = 20_000
+    few: int = 4
+    more: int = 12
+    least: int = 3
+    most: int = 12
+    most_groups: int = 160
+
+
+THOROUGH = Effort()
+QUICK = Effort(exact_ops=3000, sampled_ops=3000, few=2, more=8, most_groups=40)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +74,7 @@ class Prediction:
     num_steps: int
     bound_s: float
     bottleneck: str
-    lane_busy_s: Mapping[str, float]
+    busy_s: Mapping[str, float]  # of lanes and of links, by name, as if each were alone
     link_bytes: Mapping[str, int]
     tier_bytes: Mapping[str, int]
     num_simulated: int
@@ -68,6 +89,11 @@ class Prediction:
         return self.load_s + self.run_s
 
     @property
+    def bound_share(self) -> float:
+        """How near the bound the run comes, 1 at best."""
+        return self.bound_s / self.run_s if self.run_s else 0.0
+
+    @property
     def generated_tokens_per_s(self) -> float:
         """All generated tokens over prefill and decode, as reports count it."""
         return self.generated_tokens / self.run_s if self.run_s else 0.0
@@ -79,38 +105,76 @@ def predict(
     profile: Profile,
     emulation: Emulation | None = None,
     *,
-    exact_ops: int = EXACT_OPS,
+    order: Sequence[int] | None = None,
+    effort: Effort = THOROUGH,
     keep_spans: bool = False,
 ) -> Prediction:
-    """Play `needs` under `plan`; jobs of more than `exact_ops` ops are extrapolated."""
+    """Play `needs` under `plan`; jobs beyond the effort are extrapolated.
+
+    Requests take places in `order`, the longest first if none is given.
+    """
     costs = CostModel(plan, profile, emulation)
-    rehearsal = _Rehearsal.of(plan, needs)
+    queue = _queue(needs, order)
+    rehearsal = _Rehearsal.of(plan, queue)
     num_ops = _count_ops(plan, rehearsal)
-    if num_ops <= exact_ops:
-        return _whole(plan, needs, costs, keep_spans)
-    return _extrapolated(plan, needs, costs, rehearsal)
+    if num_ops <= effort.exact_ops:
+        return _whole(plan, queue, costs, keep_spans)
+    return _extrapolated(plan, queue, costs, rehearsal, effort)
+
+
+def _queue(needs: Sequence[Need], order: Sequence[int] | None = None) -> list[Need]:
+    return [needs[index] for index in (longest_first(needs) if order is None else order)]
+
+
+def first_spans(
+    plan: Plan,
+    needs: Sequence[Need],
+    profile: Profile,
+    emulation: Emulation | None = None,
+    *,
+    num_steps: int | None = None,
+) -> list[SimulatedSpan]:
+    """What runs when in a job's first steps; without their number, in those that begin with the
+    first `DRAWN_OPS` ops."""
+    costs = CostModel(plan, profile, emulation)
+    player = _Player(plan, _queue(needs))
+    opening = _Opening(player.places, num_steps)
+    ops = opening.counted(schedule(plan, opening.steps))
+    return _play(ops, player, costs, keep_spans=True).spans
 
 
 def _whole(plan: Plan, needs: Sequence[Need], costs: CostModel, keep_spans: bool) -> Prediction:
     player = _Player(plan, needs)
-    made = simulate(
-        schedule(plan, player.places.steps),
+    made = _play(schedule(plan, player.places.steps), player, costs, keep_spans)
+    took = phases(player.places.counts, 0.0)
+    return _prediction(
+        costs,
+        needs,
+        _work_in(made),
+        prefill_s=took.prefill_s,
+        decode_s=took.decode_s,
+        latency_s=float(np.mean(player.latencies_s)),
+        num_steps=sum(count.rows > 0 for count in player.places.counts),
+        num_simulated=sum(made.num_ops.values()),
+        spans=made.spans,
+    )
+
+
+def _work_in(made: Simulated) -> Work:
+    seconds = {str(name): work_s for name, work_s in made.work_s.items()}
+    return Work(seconds, {name: float(count) for name, count in made.link_bytes.items()})
+
+
+def _play(
+    ops: Iterator[Op | None], player: _Player, costs: CostModel, keep_spans: bool
+) -> Simulated:
+    return simulate(
+        ops,
         costs,
         slowdown=costs.profile.slowdown,
         hop_s=costs.profile.overhead("hop"),
         on_commit=player.commit,
         keep_spans=keep_spans,
-    )
-    took = phases(player.places.counts, 0.0)
-    return _prediction(
-        costs,
-        needs,
-        _Totals.of(made),
-        prefill_s=took.prefill_s,
-        decode_s=took.decode_s,
-        latency_s=float(np.mean(player.latencies_s)),
-        num_steps=len(player.places.counts),
-        spans=made.spans,
     )
 
 
@@ -118,8 +182,7 @@ class _Player:
     """Answers a simulation as the job would."""
 
     def __init__(self, plan: Plan, needs: Sequence[Need]) -> None:
-        queue = (needs[index] for index in longest_first(needs))
-        self.places: Places[Need] = Places(plan, queue, self._seat, _row)
+        self.places: Places[Need] = Places(plan, needs, self._seat, _row)
         self.latencies_s: list[float] = []
         self._left: dict[tuple[int, int], int] = {}
         self._since_s: dict[tuple[int, int], float] = {}
@@ -144,6 +207,35 @@ class _Player:
         return need.prompt
 
 
+class _Opening:
+    """A job's steps up to some number, or while there are few ops; these are played to their
+    end."""
+
+    def __init__(self, places: Places[Need], num_steps: int | None) -> None:
+        self._places = places
+        self._num_steps = num_steps
+        self._num_ops = 0
+
+    def counted(self, ops: Iterator[Op | None]) -> Iterator[Op | None]:
+        for op in ops:
+            self._num_ops += op is not None
+            yield op
+
+    def steps(self, index: int) -> Iterator[MicroBatch | None] | None:
+        if index == 0 or self._goes_on(index):
+            return self._places.steps(index)
+        return self._rest() if self._places.is_busy else None
+
+    def _goes_on(self, index: int) -> bool:
+        if self._num_steps is None:
+            return self._num_ops < DRAWN_OPS
+        return index < self._num_steps
+
+    def _rest(self) -> Iterator[None]:
+        while self._places.is_busy:
+            yield None
+
+
 def _row(mb: int, part: Part) -> Row:
     return Row(0, part.place, part.num_context, range(part.num_new), part.sampled)
 
@@ -165,8 +257,7 @@ class _Rehearsal:
         leave and others wait, stand for so many more as make the tokens right."""
         num_places = sum(mb.num_places for mb in plan.micro_batches)
         every = max(1, len(needs) // (FULL_BLOCKS * num_places))
-        order = longest_first(needs)[::every]
-        made = _Rehearse(plan, [needs[index] for index in order]).run()
+        made = _Rehearse(plan, needs[::every]).run()
         made._stretch(sum(need.output for need in needs))
         return made
 
@@ -231,51 +322,19 @@ def _count_ops(plan: Plan, rehearsal: _Rehearsal) -> float:
     return batches * (per_layer * len(plan.layers) + 3) + streams
 
 
-@dataclass(slots=True)
-class _Totals:
-    """What adds up over steps and layers."""
-
-    work_s: dict[str, float]
-    busy_s: dict[str, float]
-    link_bytes: dict[str, float]
-    num_ops: int = 0
-
-    @classmethod
-    def of(cls, made: Simulated) -> _Totals:
-        return cls(
-            {str(name): seconds for name, seconds in made.work_s.items()},
-            {lane.value: seconds for lane, seconds in made.busy_s.items()},
-            dict(made.link_bytes),
-            sum(made.num_ops.values()),
-        )
-
-    @classmethod
-    def none(cls) -> _Totals:
-        return cls(defaultdict(float), defaultdict(float), defaultdict(float))
-
-    def add(self, other: _Totals, factor: float) -> None:
-        for mine, theirs in (
-            (self.work_s, other.work_s),
-            (self.busy_s, other.busy_s),
-            (self.link_bytes, other.link_bytes),
-        ):
-            for name, value in theirs.items():
-                mine[name] = mine.get(name, 0.0) + factor * value
-
-
 def _prediction(
     costs: CostModel,
     needs: Sequence[Need],
-    totals: _Totals,
+    work: Work,
     *,
     prefill_s: float,
     decode_s: float,
     latency_s: float,
     num_steps: int,
+    num_simulated: int,
     spans: Sequence[SimulatedSpan] = (),
 ) -> Prediction:
     plan = costs.plan
-    bottleneck = max(totals.work_s, key=lambda name: totals.work_s[name])
     return Prediction(
         load_s=costs.load_s,
         prefill_s=prefill_s,
@@ -284,50 +343,80 @@ def _prediction(
         prompt_tokens=sum(need.prompt for need in needs),
         generated_tokens=sum(need.output for need in needs),
         num_steps=num_steps,
-        bound_s=totals.work_s[bottleneck],
-        bottleneck=bottleneck,
-        lane_busy_s=totals.busy_s,
-        link_bytes={name: round(num_bytes) for name, num_bytes in totals.link_bytes.items()},
+        bound_s=work.bound_s,
+        bottleneck=work.bottleneck,
+        busy_s=dict(work.seconds),
+        link_bytes={name: round(num_bytes) for name, num_bytes in work.num_bytes.items()},
         tier_bytes={tier.value: plan.tier_bytes(tier) for tier in Tier if plan.tier_bytes(tier)},
-        num_simulated=totals.num_ops,
+        num_simulated=num_simulated,
         spans=spans,
     )
 
 
 def _extrapolated(
-    plan: Plan, needs: Sequence[Need], costs: CostModel, rehearsal: _Rehearsal
+    plan: Plan,
+    needs: Sequence[Need],
+    costs: CostModel,
+    rehearsal: _Rehearsal,
+    effort: Effort,
 ) -> Prediction:
-    samples, nearest = _representatives(plan, rehearsal)
-    played = [_steady(plan, costs, rehearsal.steps[index]) for index in samples]
-    totals = _Totals.none()
-    totals.num_ops = sum(one.totals.num_ops for one in played)
-    took = np.array([played[which].seconds for which in nearest])
+    thin = _thinned(plan, effort.few, effort.more)
+    groups, group_of = _groups(rehearsal, effort.most_groups)
     weights = np.array(rehearsal.weights)
-    for which, one in enumerate(played):
-        totals.add(one.totals, float(weights[nearest == which].sum()))
+    samples, nearest = _representatives(thin, rehearsal, groups, effort)
+    scripts = [_batches(rehearsal.steps[index]) for index in groups]
+    works = [step_work(costs, list(script.values())) for script in scripts]
+    bounds = np.array([work.bound_s for work in works])
+    total = Work()
+    for group, work in enumerate(works):
+        total.add_all(work, float(weights[group_of == group].sum()))
+    steady = [_steady(plan, thin, costs, scripts[sample]) for sample in samples]
+    ratios = np.array([one.seconds for one in steady]) / bounds[samples]
+    per_group = bounds * ratios[nearest]
+    took = per_group[group_of]
     prefills = np.array([any(not p.decodes.all() for p in s.values()) for s in rehearsal.steps])
     ends = np.concatenate([[0.0], np.cumsum(took)])
     stays = [ends[last + 1] - ends[first] for first, last in rehearsal.stays]
     return _prediction(
         costs,
         needs,
-        totals,
+        total,
         prefill_s=float((took * weights)[prefills].sum()),
         decode_s=float((took * weights)[~prefills].sum()),
         latency_s=float(np.mean(stays)),
         num_steps=round(weights.sum()),
+        num_simulated=sum(one.num_ops for one in steady),
     )
 
 
-def _representatives(plan: Plan, rehearsal: _Rehearsal) -> tuple[list[int], IntArray]:
-    """Steps unlike each other, and for every step the one among them that is most like it."""
+def _groups(rehearsal: _Rehearsal, most: int) -> tuple[IntArray, IntArray]:
+    """Steps almost alike: of each kind the most typical one, and for every step its kind."""
     features = np.array([_features(step) for step in rehearsal.steps])
-    num_ops = _count_ops(_thinned(plan, sum(FEW_LAYERS)), rehearsal)
+    for grain in _GRAINS:
+        kinds, group_of = np.unique(np.round(features / grain), axis=0, return_inverse=True)
+        group_of = group_of.reshape(-1)
+        if len(kinds) <= most:
+            break
+    typical = []
+    for group in range(len(kinds)):
+        members = np.flatnonzero(group_of == group)
+        tokens = 2.0 ** features[members]  # what a step costs is linear in tokens
+        gaps = np.abs(tokens / tokens.mean(0) - 1).sum(1)
+        typical.append(members[gaps.argmin()])
+    return np.array(typical), group_of
+
+
+def _representatives(
+    thin: Sequence[Plan], rehearsal: _Rehearsal, groups: IntArray, effort: Effort
+) -> tuple[list[int], IntArray]:
+    """Groups unlike each other, and for every group the one among them that is most like it."""
+    features = np.array([_features(rehearsal.steps[index]) for index in groups])
+    num_ops = sum(_count_ops(plan, rehearsal) for plan in thin)
     per_step = max(1.0, 2 * num_ops / sum(rehearsal.weights))
-    count = int(np.clip(SAMPLED_OPS / per_step, 3, MOST_SAMPLES))
-    chosen = [int(np.argmax(rehearsal.weights))]
+    count = int(np.clip(effort.sampled_ops / per_step, effort.least, effort.most))
+    chosen = [0]
     distance = _distances(features, chosen[0])
-    while len(chosen) < min(count, len(features)) and distance.max() > 0.02:
+    while len(chosen) < min(count, len(features)):
         chosen.append(int(distance.argmax()))
         distance = np.minimum(distance, _distances(features, chosen[-1]))
     to_each = np.stack([_distances(features, index) for index in chosen])
@@ -347,57 +436,52 @@ def _distances(features: np.ndarray[tuple[int, int], np.dtype[np.float64]], inde
     return gaps
 
 
-@dataclass(frozen=True, slots=True)
-class _Steady:
-    """What one step adds in the steady state."""
+class _Steady(NamedTuple):
+    """What one step adds in the steady state, and the ops that were played to know."""
 
     seconds: float
-    totals: _Totals
+    num_ops: int
 
 
-def _steady(plan: Plan, costs: CostModel, step: Mapping[int, Counts]) -> _Steady:
+def _steady(
+    plan: Plan, thin: tuple[Plan, Plan], costs: CostModel, step: Mapping[int, MicroBatch]
+) -> _Steady:
     """One more step like those before it, of all layers."""
-    few, more = (_again(_thinned(plan, count), costs, step) for count in FEW_LAYERS)
-    num_few, num_more = (_num_decoders(_thinned(plan, count)) for count in FEW_LAYERS)
+    few, more = (_again(one, costs, step) for one in thin)
+    num_few, num_more = map(_num_decoders, thin)
     if num_more == num_few:
         return more
     factor = (_num_decoders(plan) - num_more) / (num_more - num_few)
-    totals = _Totals.none()
-    totals.num_ops = few.totals.num_ops + more.totals.num_ops
-    totals.add(more.totals, 1 + factor)
-    totals.add(few.totals, -factor)
-    return _Steady(more.seconds + factor * (more.seconds - few.seconds), totals)
+    seconds = more.seconds + factor * (more.seconds - few.seconds)
+    return _Steady(seconds, few.num_ops + more.num_ops)
 
 
-def _again(plan: Plan, costs: CostModel, step: Mapping[int, Counts]) -> _Steady:
+def _again(plan: Plan, costs: CostModel, step: Mapping[int, MicroBatch]) -> _Steady:
     """What the second of two equal steps takes."""
-    script = _Script(plan, step)
-    mine = CostModel(plan, costs.profile, costs.emulation)
+    script = _Script(step)
     made = simulate(
         schedule(plan, script.steps),
-        mine,
+        CostModel(plan, costs.profile, costs.emulation),
         slowdown=costs.profile.slowdown,
         hop_s=costs.profile.overhead("hop"),
         on_commit=script.commit,
     )
-    totals = _Totals.none()
-    totals.add(_Totals.of(made), 0.5)
-    totals.num_ops = sum(made.num_ops.values())
-    return _Steady(script.ends_s[1] - script.ends_s[0], totals)
+    return _Steady(script.ends_s[1] - script.ends_s[0], sum(made.num_ops.values()))
+
+
+def _batches(step: Mapping[int, Counts]) -> dict[int, MicroBatch]:
+    return {
+        mb: MicroBatch(mb, tuple(map(partial(_row, mb), parts.parts))) for mb, parts in step.items()
+    }
 
 
 class _Script:
     """The same step twice."""
 
-    def __init__(self, plan: Plan, step: Mapping[int, Counts]) -> None:
+    def __init__(self, step: Mapping[int, MicroBatch]) -> None:
         self.ends_s = [0.0, 0.0]
-        self._batches = [
-            {
-                mb: MicroBatch(mb, tuple(map(partial(_row, mb), parts.parts)))
-                for mb, parts in step.items()
-            }
-            for _ in self.ends_s
-        ]
+        # equal, but not the same: what is known of a micro-batch is kept per object
+        self._batches = [step, {mb: MicroBatch(mb, batch.rows) for mb, batch in step.items()}]
         self._in_flight: dict[int, int] = {}
 
     def steps(self, index: int) -> Iterator[MicroBatch | None] | None:
@@ -421,18 +505,23 @@ def _num_decoders(plan: Plan) -> int:
     return len({layer.layer for layer in plan.layers if layer.layer is not None})
 
 
-def _thinned(plan: Plan, count: int) -> Plan:
-    """The plan with so many decoder layers, next to each other, whose homes are most like all."""
+def _thinned(plan: Plan, few: int, more: int) -> tuple[Plan, Plan]:
+    """The plan with so many decoder layers, next to each other, and with some more behind them:
+    those whose homes are most like those of all, since they stand for the rest."""
     decoders = _num_decoders(plan)
-    if decoders <= count:
-        return plan
+    if decoders <= more:
+        return plan, plan
     streamed = np.zeros((decoders, 2))
     for layer in plan.layers:
         if layer.layer is not None:
             streamed[layer.layer] += layer.streamed.pack_bytes, layer.streamed.read_bytes
     sums = np.concatenate([np.zeros((1, 2)), np.cumsum(streamed, 0)])
-    gaps = np.abs(sums[count:] - sums[:-count] - count * streamed.mean(0)).sum(1)
-    first = int(gaps.argmin())
+    added = sums[more:] - sums[few : few + len(sums) - more]
+    first = int(np.abs(added - (more - few) * streamed.mean(0)).sum(1).argmin())
+    return _some(plan, first, few), _some(plan, first, more)
+
+
+def _some(plan: Plan, first: int, count: int) -> Plan:
     kept = [
         layer
         for layer in plan.layers

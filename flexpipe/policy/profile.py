@@ -77,11 +77,12 @@ class Rates:
 class Profile:
     """A machine: memory it can give, links, rates of the device and of the CPU beside it.
 
-    `links` are bytes per second by the bytes moved at once, as the engine moves them. `details` are
-    further measurements for people (pageable copies, buffered reads, other depths); the cost model
-    does not read them. `slowdown["compute", "disk_read"]` is how much longer compute takes while
-    the disk is read; a pair that is absent does not disturb. `load` is numbers per second that
-    loading converts and packs, per dtype at home. `machine` and `mount` say where it was measured.
+    `links` are bytes per second by the bytes moved at once, as the engine moves them. `details`
+    are further measurements for people (buffered reads, other depths), which the cost model
+    does not read but for `h2d_pageable` and `d2h_pageable`, where host memory is not page-
+    locked. `slowdown["compute", "disk_read"]` is how much longer compute takes while the disk
+    is read; a pair that is absent does not disturb. `load` is numbers per second that loading
+    converts and packs, per dtype at home. `machine` and `mount` say where it was measured.
     """
 
     name: str
@@ -313,7 +314,7 @@ def render_profile(profile: Profile) -> str:
         lines += ["", "# numbers brought home while loading, by their dtype there", "load:"]
         lines += [f"  {key}: {format_items(rate)}" for key, rate in profile.load.items()]
     if profile.details:
-        lines += ["", "# further measurements, which no prediction reads", "details:"]
+        lines += ["", "# further measurements", "details:"]
         lines += [f"  {name}: {_bytes_curve(curve)}" for name, curve in profile.details.items()]
     return "\n".join(lines) + "\n"
 

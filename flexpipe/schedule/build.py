@@ -82,6 +82,7 @@ class ScheduleBuilder:
         self._in_use: dict[tuple[Pool, int, int], int] = {}
         self._ahead = _loads_ahead(plan)
         self._has_begun = False  # the current step's first load ahead was made
+        self._homes: dict[tuple[int, bool], tuple[MicroBatch, frozenset[Tier]]] = {}
 
     def _take(self, pool: Pool, layer: int = 0, mb: int = 0) -> int:
         """The pool's next slot, remembered for the ops of (layer, micro-batch) that use it."""
@@ -459,18 +460,22 @@ class ScheduleBuilder:
     def _hidden_at_home(self, batch: MicroBatch) -> bool:
         return self._hidden_home(batch) == self._plan.device_tier
 
-    def _tiers(self, batch: MicroBatch, *, with_past: bool) -> set[Tier]:
+    def _tiers(self, batch: MicroBatch, *, with_past: bool) -> frozenset[Tier]:
         """KV homes of the rows that have tokens behind them, or of those that get new ones.
 
         Rows that attend on the CPU are not among them: their cache stays where it is.
         """
-        homes = self._plan.micro_batches[batch.index].kv_homes
-        return {
-            homes[row.place]
-            for row in batch.rows
-            if row.num_new and (row.num_context or not with_past)
-            if not self._on_cpu(batch, row)
-        }
+        known = self._homes.get((batch.index, with_past))
+        if known is None or known[0] is not batch:
+            homes = self._plan.micro_batches[batch.index].kv_homes
+            tiers = frozenset(
+                homes[row.place]
+                for row in batch.rows
+                if row.num_new and (row.num_context or not with_past)
+                if not self._on_cpu(batch, row)
+            )
+            known = self._homes[batch.index, with_past] = batch, tiers
+        return known[1]
 
     def _on_cpu(self, batch: MicroBatch, row: Row) -> bool:
         return self._plan.row_attends_on_cpu(batch.index, row.place, row.num_new)

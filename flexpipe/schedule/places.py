@@ -116,6 +116,11 @@ class Places(Generic[T]):
         return not self._queue
 
     @property
+    def is_busy(self) -> bool:
+        """Whether some micro-batch is on its way."""
+        return bool(self._in_flight)
+
+    @property
     def is_done(self) -> bool:
         busy = self._in_flight or self._queue
         return not busy and not any(rows.taken.any() for rows in self._rows)

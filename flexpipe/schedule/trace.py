@@ -59,7 +59,7 @@ def write_trace(path: Path, spans: Sequence[Timed], plan: Plan) -> None:
         else:
             _draw(path, spans)
     except OSError as error:
-        raise InputError(f"cannot write --trace {path}: {error.strerror}") from error
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
 
 
 def perfetto(spans: Sequence[Timed], plan: Plan) -> dict[str, object]:
@@ -109,7 +109,7 @@ def _draw(path: Path, spans: Sequence[Timed]) -> None:
         from matplotlib.patches import Patch
     except ImportError:
         raise InputError(
-            f"--trace {path} needs matplotlib: pip install 'flexpipe[plot]', or write a .json trace"
+            f"{path} needs matplotlib: pip install 'flexpipe[plot]', or write a .json trace"
         ) from None
     used = [lane for lane in Lane if any(span.op.lane == lane for span in spans)]
     kinds = [kind for kind in Kind if any(span.op.kind == kind for span in spans)]

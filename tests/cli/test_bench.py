@@ -98,12 +98,30 @@ def test_markdown_is_the_default_and_says_that_eos_is_ignored(
     assert bench("--repetitions", 2) == 0
     out, err = capsys.readouterr()
     assert "3 prompts of 12 random tokens (seed 0), 5 tokens generated for each, EOS ignored" in out
-    rows = [line for line in out.splitlines() if line.startswith("| ")]
-    assert [row.split()[1] for row in rows[2:]] == ["1", "2", "median", "spread"]
-    assert len({len(row) for row in rows}) == 1
+    runs, beside = tables(out)
+    assert [row.split()[1] for row in runs[2:]] == ["1", "2", "median", "spread"]
+    assert beside[0].split() == ["|", "figure", "|", "predicted", "|", "median", "|", "error", "|"]
+    assert len({len(row) for row in runs}) == len({len(row) for row in beside}) == 1
     assert "sha256 `" in out and "--gpu-batch-size" in out
     assert "bench: warm-up 1 of 1" in err and "bench: repetition 2 of 2" in err
     assert "bench:" not in out
+
+
+def tables(text: str) -> list[list[str]]:
+    """The rows of each Markdown table."""
+    blocks = (block.splitlines() for block in text.split("\n\n"))
+    return [block for block in blocks if block[0].startswith("| ")]
+
+
+def test_the_prediction_stands_beside_the_median(bench: Bench, capsys: Capture) -> None:
+    data = told(bench, capsys, "--repetitions", 3)
+    figures = {figure["name"]: figure for figure in data["prediction"]["figures"]}
+    for name in ("load_s", "prefill_s", "decode_s", "total_s", "latency_s", "peak_cpu_bytes"):
+        assert figures[name]["measured"] == data["median"][name]
+        assert figures[name]["error"] == pytest.approx(
+            figures[name]["predicted"] / data["median"][name] - 1
+        )
+    assert data["prediction"]["generated_tokens_per_s"] > 0
 
 
 def test_csv_has_a_line_per_repetition(bench: Bench, capsys: Capture) -> None:

@@ -35,11 +35,11 @@ def raising(error: BaseException) -> Callable[[object], None]:
     return act
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["demo", "--help"]])
-def test_help_imports_neither_torch_nor_transformers(arguments: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", [[], ["run"], ["demo"], ["sweep"], ["doctor"]])
+def test_help_imports_neither_torch_nor_transformers(command: list[str], tmp_path: Path) -> None:
     program = (
         "import sys\nfrom flexpipe.cli.main import main\n"
-        f"try: main({arguments!r})\n"
+        f"try: main({[*command, '--help']!r})\n"
         "except SystemExit as exit: assert exit.code == 0\n"
         "heavy = {'torch', 'transformers', 'numpy', 'scipy'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"

@@ -12,6 +12,7 @@ import pytest
 from flexpipe.cli.bench import bench
 from flexpipe.cli.demo import demo
 from flexpipe.cli.run import run
+from flexpipe.cli.sweep import sweep
 from flexpipe.plan.codec import Codec
 from flexpipe.plan.hardware import Emulation
 from flexpipe.plan.policy import OPTION_NAMES, Policy, Shares
@@ -45,7 +46,7 @@ def refused(
     return call
 
 
-@pytest.mark.parametrize("command", [run, demo, bench])
+@pytest.mark.parametrize("command", [run, demo, bench, sweep])
 def test_every_knob_of_the_table_is_an_option(command: click.Command) -> None:
     spelled = {name for option in command.params for name in option.opts}
     assert set(OPTION_NAMES.values()) <= spelled

@@ -319,3 +319,21 @@ def test_a_draw_depends_on_seed_id_and_position_only():
 
     assert draws(1) == draws(3)
     assert len(set(draws(3).values())) == 18
+
+
+def test_latency_is_counted_from_the_step_that_takes_a_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Three steps of a second each; two requests share a place one after the other."""
+    requests = [request(1, 4, 2), request(2, 3, 1)]
+    plan = plan_for(requests, micro_batch_size=1, num_micro_batches=1)
+    job = Job(plan, requests)
+    monkeypatch.setattr("time.perf_counter", lambda: float(len(job.steps)))
+    job.run()
+    # seated in step 1 and 3, which had not been counted yet; the last tokens came in 2 and 3
+    assert job.batcher.latency_s == pytest.approx((2 + 1) / 2)
+
+
+def test_a_job_that_ended_nothing_has_no_latency() -> None:
+    requests = [request(1, 4, 2)]
+    assert Batcher(plan_for(requests), requests, admitted, lambda end: None).latency_s == 0.0

@@ -183,6 +183,12 @@ def test_emulation_reads_rates_and_memory() -> None:
     assert Emulation.parse("") == Emulation()
 
 
+def test_emulation_is_spelled_as_it_is_read() -> None:
+    some = Emulation(d2h_bytes_per_s=1.5e9, flops_per_s=2e12, memory_bytes=3 << 30)
+    for emulation in (some, Emulation()):
+        assert Emulation.parse(emulation.spelled) == emulation
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [

@@ -1,0 +1,259 @@
+"""Everything a prediction or a search needs, without a byte of weights: model, requests, machine.
+
+The machine is the one at hand, or one that a hardware file describes; the model may be a
+checkpoint, or a shape whose weights are nowhere near. Nothing here imports torch unless the machine
+at hand or the tokens of a text are asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from flexpipe.errors import InputError, PolicyError
+from flexpipe.job.bench import Workload, block_rows
+from flexpipe.job.params import SamplingParams
+from flexpipe.job.spec import DEFAULT_OFFLOAD_DIR, checked_emulation
+from flexpipe.memory.dummy import find_shape
+from flexpipe.memory.paper import paper_forms, tensors_of
+from flexpipe.model.config import ModelConfig
+from flexpipe.model.families import read_config
+from flexpipe.plan.block import Need
+from flexpipe.plan.hardware import Emulation
+from flexpipe.plan.placement import Stored
+from flexpipe.plan.plan import Budgets, Plan, Planner, check_fits
+from flexpipe.plan.policy import Policy
+from flexpipe.plan.rule import advice, choose_plan
+from flexpipe.plan.tier import Tier
+from flexpipe.policy.profile import Profile, read_profile
+from flexpipe.preset import hardware_file
+from flexpipe.units import MIB
+
+PROCESS_BYTES = 512 * MIB  # a Python process with torch, before anything is loaded
+_TYPICAL = (4096.0 * 4096.0, 256.0)  # a weight's elements and the rows that meet it
+
+# fields of an Inquiry: whoever gives the first gives none of the others
+_EXCLUDE: Mapping[str, tuple[str, ...]] = {
+    "input_path": ("num_prompts", "prompt_len", "gen_len"),
+    "hardware": ("device", "emulation"),
+}
+
+log = logging.getLogger("flexpipe")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A model as far as plans know it; `directory` may hold a tokenizer."""
+
+    name: str
+    config: ModelConfig
+    stored: Mapping[str, Stored]
+    directory: Path | None
+
+    @classmethod
+    def open(cls, model: str, revision: str | None = None) -> Shape:
+        """Of a checkpoint's directory, a hub name, a preset or a bare config.json."""
+        directory, hf_config = find_shape(model, revision)
+        config = read_config(hf_config)
+        stored = tensors_of(directory, config)
+        return cls(name=model, config=config, stored=stored, directory=directory)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outlook:
+    """A model, what is asked of it, and the machine that is to do it.
+
+    `compute_dtype` is what "auto" comes to here.
+    """
+
+    shape: Shape
+    needs: Sequence[Need]
+    profile: Profile
+    emulation: Emulation | None
+    device: str
+    device_tier: Tier
+    budgets: Budgets
+    compute_dtype: str
+
+    @classmethod
+    def on_paper(
+        cls, shape: Shape, needs: Sequence[Need], hardware: str, given: Mapping[str, Any]
+    ) -> Outlook:
+        """On the machine of a hardware file or preset; budgets among `given` bound its memory."""
+        profile = read_profile(hardware_file(hardware))
+        Policy(**given).check_device(profile.device)
+        return cls(
+            shape=shape,
+            needs=needs,
+            profile=profile,
+            emulation=None,
+            device=profile.name,
+            device_tier=Tier.CPU if profile.is_cpu else Tier.GPU,
+            budgets=_budgets(profile, given),
+            compute_dtype=_dtype(profile, shape.config, given),
+        )
+
+    @classmethod
+    def here(
+        cls,
+        shape: Shape,
+        needs: Sequence[Need],
+        device: str,
+        emulation: Emulation | None,
+        offload_dir: Path,
+        given: Mapping[str, Any],
+    ) -> Outlook:
+        """On this machine, as a run would find it now."""
+        from flexpipe.job.prepare import budgets, dtype_to_compute
+        from flexpipe.runtime.device import open_device
+        from flexpipe.runtime.profile_cache import machine_profile
+
+        opened = open_device(device, emulation)
+        Policy(**given).check_device(opened.name)
+        dtype = dtype_to_compute(given, opened, shape.config)
+        return cls(
+            shape=shape,
+            needs=needs,
+            profile=machine_profile(opened.name, offload_dir, (dtype,)),
+            emulation=emulation,
+            device=opened.name,
+            device_tier=opened.tier,
+            budgets=budgets(given, opened, emulation, offload_dir),
+            compute_dtype=dtype,
+        )
+
+    def planner(self, compute_dtype: str | None = None) -> Planner:
+        """Resolves policies into plans, in another dtype if one is named."""
+        return Planner(
+            self.shape.config,
+            self.needs,
+            self.shape.stored,
+            self.budgets,
+            device_tier=self.device_tier,
+            compute_dtype=compute_dtype or self.compute_dtype,
+            compress=paper_forms(self.shape.config),
+        )
+
+    def choose(self, given: Mapping[str, Any]) -> Plan:
+        """The plan that a run with these knobs takes; a PlanError where none fits."""
+        planner = self.planner()
+        how = planner, self.device_tier, len(self.needs)
+        plan = choose_plan(given, *how)
+        if plan.shortfalls():
+            check_fits(plan, advice(given, *how))
+        return plan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inquiry:
+    """What a user asks of a plan that nobody runs, before anything was looked at.
+
+    The requests are those of `input_path`, or `num_prompts` alike (None: one block). The machine is
+    that of `hardware`, or this one with `device`.
+    """
+
+    model: str
+    revision: str | None = None
+    input_path: Path | None = None
+    max_tokens: int | None = None
+    num_prompts: int | None = None
+    prompt_len: int | None = None
+    gen_len: int | None = None
+    hardware: str | None = None
+    device: str = "auto"
+    emulation: Emulation | None = None
+    offload_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name, others in _EXCLUDE.items():
+            for other in others:
+                if getattr(self, name) is not None and getattr(self, other) not in (None, "auto"):
+                    raise InputError(
+                        f"{_option(name)} and {_option(other)} exclude each other; drop one of them"
+                    )
+        if self.max_tokens is not None and self.input_path is None:
+            raise InputError("--max-tokens goes with --input-file; the other way has --gen-len")
+        object.__setattr__(self, "emulation", checked_emulation(self.device, self.emulation))
+
+    def outlook(self, given: Mapping[str, Any]) -> Outlook:
+        """Look at model, requests and machine; `given` are the policy's knobs."""
+        shape = Shape.open(self.model, self.revision)
+        needs = self._needs(shape, given)
+        if self.hardware is not None:
+            return Outlook.on_paper(shape, needs, self.hardware, given)
+        offload_dir = (self.offload_dir or DEFAULT_OFFLOAD_DIR).expanduser()
+        return Outlook.here(shape, needs, self.device, self.emulation, offload_dir, given)
+
+    def _needs(self, shape: Shape, given: Mapping[str, Any]) -> list[Need]:
+        if self.input_path is not None:
+            params = SamplingParams()
+            if self.max_tokens is not None:
+                params = replace(params, max_tokens=self.max_tokens)
+            return needs_of_file(self.input_path, shape, params)
+        asked = {"prompt_len": self.prompt_len, "gen_len": self.gen_len}
+        workload = Workload(
+            num_prompts=self.num_prompts or block_rows(given),
+            **{name: value for name, value in asked.items() if value is not None},
+        )
+        return workload.needs(shape.config)
+
+
+def _option(field: str) -> str:
+    word = {"input_path": "input-file", "emulation": "emulate"}.get(field, field)
+    return f"--{word.replace('_', '-')}"
+
+
+def needs_of_file(path: Path, shape: Shape, params: SamplingParams) -> list[Need]:
+    """What the requests of an input file come to; lines that cannot be run are told and left out.
+
+    `params` hold where a line does not say.
+    """
+    from flexpipe.job.batcher import Entry
+    from flexpipe.job.intake import Intake
+    from flexpipe.job.request import RequestFile
+    from flexpipe.job.tokenizer import Tokenizer
+
+    file = RequestFile(path, params)
+    has_text = file.has_text
+    if has_text and shape.directory is None:
+        raise InputError(
+            f"{shape.name} is a shape without a tokenizer, so the tokens of {path} cannot be "
+            "counted; name a checkpoint, or give prompt_token_ids or --prompt-len"
+        )
+    size = shape.config.vocab_size
+    tokenizer = Tokenizer.open(shape.directory, size, bytes_if_missing=not has_text)
+    intake = Intake(file=file, tokenizer=tokenizer, config=shape.config, eos_token_ids=frozenset())
+    judged = list(intake.judge(file))
+    needs = [item.need for item in judged if isinstance(item, Entry)]
+    if not needs:
+        raise InputError(f"{path} holds no request that can be run")
+    if len(needs) < len(judged):
+        log.warning("%d lines of %s cannot be run and do not count", len(judged) - len(needs), path)
+    return needs
+
+
+def _budgets(profile: Profile, given: Mapping[str, Any]) -> Budgets:
+    def spend(tier: Tier) -> int:
+        has, asked = profile.memory.get(tier, 0), given.get(f"{tier.value}_mem")
+        return has if asked is None else min(has, asked)
+
+    return Budgets(
+        gpu=spend(Tier.GPU), cpu=spend(Tier.CPU), disk=spend(Tier.DISK), overhead=PROCESS_BYTES
+    )
+
+
+def _dtype(profile: Profile, config: ModelConfig, given: Mapping[str, Any]) -> str:
+    """The checkpoint's; on a CPU the faster of that and float32, by products with many rows."""
+    asked, known = given.get("compute_dtype", "auto"), profile.compute.matmul
+    rates = {dtype: surface.rate(*_TYPICAL) for dtype, surface in known.items()}
+    dtype: str = config.dtype if asked == "auto" else asked
+    if asked == "auto" and profile.is_cpu:
+        dtype = max(("float32", config.dtype), key=lambda name: rates.get(name, 0.0))
+    if dtype not in known:
+        raise PolicyError(
+            f"{profile.name} has no products in {dtype}; give --dtype, one of {', '.join(known)}"
+        )
+    return dtype

@@ -1,0 +1,66 @@
+"""A checkpoint on paper: where a model's tensors would lie, for plans that nobody runs here.
+
+Shapes alone say how many bytes every tensor has, in the file or compressed. The places are made up,
+one tensor behind the other in one file, and nothing is written or read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from flexpipe.memory.checkpoint import SINGLE, StoredTensor, open_directory
+from flexpipe.memory.disk import ALIGN, round_up
+from flexpipe.model.config import DTYPE_BYTES, ModelConfig
+from flexpipe.plan.codec import Codec
+from flexpipe.plan.placement import Compress, model_tensors
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PaperForm:
+    """The compressed form of a tensor, in a file of its own that would have to be made."""
+
+    path: str
+    num_bytes: int
+    dtype: str = "uint8"
+    offset: int = ALIGN
+
+    @property
+    def new_bytes(self) -> int:
+        return self.offset + round_up(self.num_bytes)
+
+
+def paper_forms(config: ModelConfig) -> Compress:
+    """Where the compressed form of each tensor would lie."""
+    shapes = {spec.name: spec.shape for spec in model_tensors(config)}
+
+    def form_of(name: str, codec: Codec) -> PaperForm:
+        num_rows, size = shapes[name]
+        path = f"{name}.{codec.bits}"
+        return PaperForm(path=path, num_bytes=num_rows * codec.row_bytes(size))
+
+    return form_of
+
+
+def paper_tensors(config: ModelConfig) -> dict[str, StoredTensor]:
+    """Every tensor of the model in the dtype its config names."""
+    tensors, offset = dict[str, StoredTensor](), ALIGN
+    for spec in model_tensors(config):
+        num_bytes = spec.num_elements * DTYPE_BYTES[config.dtype]
+        tensors[spec.name] = StoredTensor(
+            spec.name, config.dtype, spec.shape, Path(SINGLE), offset, num_bytes
+        )
+        offset += num_bytes
+    return tensors
+
+
+def tensors_of(directory: Path | None, config: ModelConfig) -> Mapping[str, StoredTensor]:
+    """Those of a checkpoint's files where it has some, on paper otherwise."""
+    if directory is None or not any(directory.glob("*.safetensors")):
+        return paper_tensors(config)
+    checkpoint = open_directory(directory)
+    return {
+        tensor.name: checkpoint.require(tensor.name, tensor.shape)
+        for tensor in model_tensors(config)
+    }

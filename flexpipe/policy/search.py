@@ -1,0 +1,489 @@
+"""Finds the plan: every discrete choice estimated, the best replayed in the simulator.
+
+For each block shape and each choice of where hidden rests, where decoding rows attend and what
+resident weights are held in, a linear programme gives the shares and an optimistic time
+(`flexpipe.policy.shares`). In that order the choices become plans of whole tensors that fit, and
+the simulator plays them, until no estimate left can beat the best time found. The naive plans (all
+resident, all streamed, all on the CPU) are always played too, so the answer is never worse.
+
+What is not enumerated: strategies other than `event`, since they only add edges, and the compute
+dtype, which changes tokens: the caller decides it before, so that a resumed job gets the same.
+Compression loses precision and is tried only where it is allowed; otherwise the answer says what
+it would gain. A knob that is given stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any
+
+from flexpipe.errors import PolicyError
+from flexpipe.model.config import DTYPE_BYTES
+from flexpipe.plan.block import Need
+from flexpipe.plan.plan import Budgets, Plan, Planner
+from flexpipe.plan.policy import Policy, Shares
+from flexpipe.plan.rule import choose_plan
+from flexpipe.plan.tier import Tier
+from flexpipe.policy.estimate import Demand
+from flexpipe.policy.predict import QUICK, Prediction, predict
+from flexpipe.policy.shares import (
+    Machine,
+    MakePlan,
+    SharesProgramme,
+    Solution,
+    all_on,
+    home_bytes,
+    realize,
+)
+from flexpipe.units import GIB
+
+SIZES = (256, 128, 64, 32, 16, 8, 4, 2, 1)
+COUNTS = (1, 2, 4, 8)
+TOKENS = 2048
+OTHER_TOKENS = (128, 512, 8192)  # tried for the best choices only
+MOST_REPLAYS = 6
+MOST_REFINED = 2
+_OPTIMISM = 1.05  # an estimate may be this much too high and yet belong to the best plan
+_FILL_STEPS = 5
+_COMPRESSIONS = ("none", "8", "4")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What a plan must keep beside the budgets: mean seconds of a request in flight, bytes written
+    to disk per 1,000 generated tokens; and whether it may compress."""
+
+    max_latency_s: float | None = None
+    max_disk_writes: float | None = None
+    compression: bool = False
+
+    def refusal(self, prediction: Prediction) -> str | None:
+        """Why the prediction is no good; None if it is."""
+        if self.max_latency_s is not None and prediction.latency_s > self.max_latency_s:
+            return f"a request would take {prediction.latency_s:.3g} s"
+        if self.max_disk_writes is not None and disk_writes(prediction) > self.max_disk_writes:
+            return f"it would write {disk_writes(prediction):.3g} bytes per 1,000 tokens"
+        return None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scored:
+    """A plan that fits and what it is predicted to take."""
+
+    plan: Plan
+    prediction: Prediction
+    what: str = ""
+
+    @property
+    def run_s(self) -> float:
+        return self.prediction.run_s
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """The best plan, others that were played, best first, and what else was learnt.
+
+    `naive` maps a naive plan's name to what it came to, None where it does not fit. `refused` are
+    plans that fit but break a limit. `wishes` are throughputs relative to the best plan's, with
+    more of something; `lossy` the same with compression, where it was not allowed.
+    """
+
+    best: Scored | None
+    others: Sequence[Scored]
+    naive: Mapping[str, Scored | None]
+    refused: Sequence[tuple[Scored, str]]
+    num_choices: int
+    wishes: Mapping[str, float] = field(default_factory=dict)
+    lossy: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """Knobs but for the shares, the shares, and the estimated seconds."""
+
+    knobs: Mapping[str, Any]
+    solution: Solution
+
+    @property
+    def rows(self) -> int:
+        return int(self.knobs["micro_batch_size"] * self.knobs["num_micro_batches"])
+
+
+def search(
+    given: Mapping[str, Any],
+    planner: Planner,
+    needs: Sequence[Need],
+    machine: Machine,
+    limits: Limits | None = None,
+    *,
+    explain: bool = False,
+) -> Found:
+    """The fastest plan that keeps `given` and `limits`; `explain` also finds wishes and gains."""
+    return _Search(given, planner, needs, machine, limits or Limits()).run(explain)
+
+
+def disk_writes(prediction: Prediction) -> float:
+    """Bytes per 1,000 generated tokens."""
+    written = prediction.link_bytes.get("disk_write", 0)
+    return 1000 * written / max(1, prediction.generated_tokens)
+
+
+class _Search:
+    def __init__(
+        self,
+        given: Mapping[str, Any],
+        planner: Planner,
+        needs: Sequence[Need],
+        machine: Machine,
+        limits: Limits,
+    ) -> None:
+        self._given = given
+        self._planner = planner
+        self._needs = needs
+        self._machine = machine
+        self._limits = limits
+        self._demand = Demand.of(needs)
+        self._fixed = {name: given[name] for name in ("weights", "kv_cache") if name in given}
+        self._scored: dict[Policy, Scored | None] = {}
+        self._refused: list[tuple[Scored, str]] = []
+        self._num_choices = 0
+        self._estimate_s: float | None = None  # of the best plan's choice
+
+    def run(self, explain: bool) -> Found:
+        choices = self._estimated(self._knobs())
+        best = self._replayed(choices, None)
+        best = self._better(best, self._by_rule())
+        naive = {} if self._is_given else self._naive()
+        for scored in naive.values():
+            best = self._better(best, scored)
+        if best is not None and not self._is_given:
+            best = self._refined(best)
+            best = self._filled(best)
+        others = sorted(
+            (one for one in self._scored.values() if one is not None and one is not best),
+            key=lambda one: one.run_s,
+        )
+        found = Found(
+            best=best,
+            others=others,
+            naive=naive,
+            refused=self._refused,
+            num_choices=self._num_choices,
+        )
+        if best is None or not explain:
+            return found
+        return replace(found, wishes=self._wishes(best), lossy=self._lossy(best))
+
+    @property
+    def _is_given(self) -> bool:
+        """Whether nothing is left to choose that an estimate could tell apart."""
+        shape = {"micro_batch_size", "num_micro_batches", "weights", "kv_cache", "hidden"}
+        return shape <= self._given.keys()
+
+    # choices and their estimates
+
+    def _knobs(self) -> Iterator[dict[str, Any]]:
+        """Every combination of the discrete choices that are free."""
+        given, machine = self._given, self._machine
+        on_accelerator = machine.device_tier == Tier.GPU
+        hidden = machine.tiers[:2] if on_accelerator else machine.tiers[:1]
+        free: dict[str, Sequence[Any]] = {
+            "hidden": [all_on(tier) for tier in hidden],
+            "cpu_attention": (False, True) if on_accelerator else (False,),
+            "resident_dtype": ("compute", "checkpoint") if self._dtypes_differ else ("compute",),
+        }
+        names = [name for name in free if name not in given]
+        for size, count in self._shapes():
+            for values in product(*(free[name] for name in names)):
+                chosen = dict(zip(names, values, strict=True))
+                shape = {"micro_batch_size": size, "num_micro_batches": count}
+                tokens = {"max_batch_tokens": max(TOKENS, size)}
+                yield {**tokens, **chosen, **shape, **given}
+
+    def _shapes(self) -> Iterator[tuple[int, int]]:
+        given, rows = self._given, len(self._needs)
+        most = given.get("max_batch_tokens")
+        enough = min((size for size in SIZES if size >= rows), default=SIZES[0])
+        sizes = [given["micro_batch_size"]] if "micro_batch_size" in given else SIZES
+        counts = [given["num_micro_batches"]] if "num_micro_batches" in given else COUNTS
+        for size, count in product(sizes, counts):
+            fits = len(sizes) == 1 or (size <= enough and (most is None or size <= most))
+            needed = len(counts) == 1 or count == 1 or size * (count // 2) < rows
+            if fits and needed:
+                yield size, count
+
+    @property
+    def _dtypes_differ(self) -> bool:
+        """Whether weights are smaller in the checkpoint's dtype than in the compute dtype."""
+        config, compute = self._planner.config, self._planner.compute_dtype
+        return DTYPE_BYTES[config.dtype] < DTYPE_BYTES[compute]
+
+    def _estimated(self, all_knobs: Iterator[dict[str, Any]]) -> list[_Choice]:
+        """All choices that may fit, quickest first by estimate."""
+        choices = [choice for knobs in all_knobs for choice in self._solved(knobs, self._fixed)]
+        self._num_choices += len(choices)
+        return sorted(choices, key=lambda choice: choice.solution.seconds)
+
+    def _solved(self, knobs: Mapping[str, Any], fixed: Mapping[str, Shares]) -> Iterator[_Choice]:
+        """With weights, and KV cache, all at home beside the device or travelling."""
+        programme = SharesProgramme(self._planner, self._machine, self._demand, knobs, fixed)
+        device = all_on(self._machine.device_tier)
+        for weights_travel, kv_travels in product((False, True), (False, True)):
+            pairs = (("weights", weights_travel), ("kv_cache", kv_travels))
+            if any(kind in fixed and (fixed[kind] != device) != moves for kind, moves in pairs):
+                continue
+            if knobs["cpu_attention"] and not kv_travels:
+                continue  # the same as without
+            try:
+                solution = programme.solve(weights_travel=weights_travel, kv_travels=kv_travels)
+            except PolicyError:  # no whole tensor meets a given share, or the profile lacks a rate
+                if self._is_given:
+                    raise
+                continue
+            if solution is not None:
+                yield _Choice(knobs, solution)
+                if not weights_travel and not kv_travels:
+                    return  # nothing that moves is faster than what rests
+
+    # plans and their predictions
+
+    def _replayed(self, choices: Sequence[_Choice], best: Scored | None) -> Scored | None:
+        """The best of the choices in the simulator; the first few, while an estimate can win."""
+        num_played = 0
+        for choice in choices:
+            hopeless = best is not None and choice.solution.seconds > _OPTIMISM * best.run_s
+            if hopeless or num_played == MOST_REPLAYS:
+                break
+            scored = self._play(choice)
+            num_played += scored is not None
+            best = self._better(best, scored)
+        return best
+
+    def _play(self, choice: _Choice) -> Scored | None:
+        tiers = self._machine.tiers
+        plan = realize(self._planner, choice.knobs, choice.solution, tiers)
+        return None if plan is None else self._score(plan)
+
+    def _score(self, plan: Plan, what: str = "") -> Scored | None:
+        """What a plan comes to; None if it breaks a limit."""
+        if plan.policy not in self._scored:
+            prediction = predict(
+                plan,
+                self._needs,
+                self._machine.profile,
+                self._machine.emulation,
+                effort=QUICK,
+            )
+            scored = Scored(plan=plan, prediction=prediction, what=what)
+            refusal = self._limits.refusal(prediction)
+            if refusal is not None:
+                self._refused.append((scored, refusal))
+            self._scored[plan.policy] = None if refusal else scored
+        return self._scored[plan.policy]
+
+    def _better(self, one: Scored | None, other: Scored | None) -> Scored | None:
+        if one is None or other is None:
+            return one or other
+        return other if other.run_s < one.run_s else one
+
+    def _by_rule(self) -> Scored | None:
+        """The plan that needs no profile; where everything is given, the plan itself."""
+        rows = len(self._needs)
+        try:
+            plan = choose_plan(self._given, self._planner, self._machine.device_tier, rows)
+        except PolicyError:
+            return None
+        return None if plan.shortfalls() else self._score(plan)
+
+    def _naive(self) -> dict[str, Scored | None]:
+        """Plans that people try first, each with its best block."""
+        device, *slower = self._machine.tiers
+        asked: dict[str, dict[str, Any]] = {
+            "all resident": {"weights": device, "kv_cache": device, "hidden": device}
+        }
+        for tier in slower:
+            where = "host memory" if tier == Tier.CPU else "disk"
+            streamed = {"weights": tier, "kv_cache": device, "hidden": device}
+            asked[f"all weights streamed from {where}"] = streamed
+        if Tier.CPU in slower:
+            on_cpu = {"weights": Tier.CPU, "kv_cache": Tier.CPU, "hidden": Tier.CPU}
+            asked["all but the weights' products on the CPU"] = {**on_cpu, "cpu_attention": True}
+        return {name: self._naive_plan(homes) for name, homes in asked.items()}
+
+    def _naive_plan(self, homes: Mapping[str, Any]) -> Scored | None:
+        asked = {
+            name: all_on(value) if isinstance(value, Tier) else value
+            for name, value in homes.items()
+        }
+        if any(name in self._given and self._given[name] != asked[name] for name in asked):
+            return None
+        fixed = {"weights": asked["weights"], "kv_cache": asked["kv_cache"]}
+        others = {"cpu_attention": False, **{k: v for k, v in asked.items() if k not in fixed}}
+        choices = [
+            choice
+            for knobs in self._knobs()
+            if all(knobs[name] == value for name, value in others.items())
+            for choice in self._solved({**knobs, **fixed}, fixed)
+        ]
+        for choice in sorted(choices, key=lambda choice: choice.solution.seconds):
+            scored = self._play(choice)
+            if scored is not None:
+                return scored
+        return None
+
+    # improvements of the best
+
+    def _refined(self, best: Scored) -> Scored:
+        """What was held fixed while choices were compared: chunks, prefetch, halves of layers."""
+        for _ in range(MOST_REFINED):
+            before = best
+            for change in self._changes(best.plan.policy):
+                knobs = {**_without_shares(best.plan.policy), **change}
+                choices = sorted(
+                    self._solved(knobs, self._fixed), key=lambda choice: choice.solution.seconds
+                )
+                best = self._replayed(choices[:1], best) or best
+            if best is before:
+                break
+        return best
+
+    def _changes(self, policy: Policy) -> Iterator[dict[str, Any]]:
+        given = self._given
+        if "max_batch_tokens" not in given:
+            longest = policy.micro_batch_size * max(need.prompt for need in self._needs)
+            for tokens in OTHER_TOKENS:
+                least = max(tokens, policy.micro_batch_size)
+                if least < max(longest, 2 * TOKENS) and least != policy.max_batch_tokens:
+                    yield {"max_batch_tokens": least}
+        streams = len(policy.weights.tiers) > 1 or policy.weights.tiers[0] != self._device
+        if "prefetch_depth" not in given and streams:
+            yield {"prefetch_depth": policy.prefetch_depth + 1}
+        if "separate_layers" not in given and streams:
+            yield {"separate_layers": not policy.separate_layers}
+        if self._limits.compression:
+            for weights, cache in product(_COMPRESSIONS, _COMPRESSIONS):
+                asked = {
+                    "compress_weight": weights,
+                    "compress_vocabulary": weights,
+                    "compress_cache": cache,
+                }
+                if not asked.keys() & given.keys():
+                    yield asked
+
+    @property
+    def _device(self) -> Tier:
+        return self._machine.device_tier
+
+    def _filled(self, best: Scored) -> Scored:
+        """More weights on the fastest tier, as long as they fit and nothing gets slower."""
+        tiers = self._machine.tiers
+        if len(tiers) == 1 or "weights" in self._given:
+            return best
+        for source in reversed(tiers[1:]):
+            for _ in range(_FILL_STEPS):
+                fuller = self._with_more(best.plan, source)
+                scored = None if fuller is None else self._score(fuller)
+                if scored is None or scored.run_s > best.run_s * (1 + 1e-9):
+                    break
+                best = scored
+        return best
+
+    def _with_more(self, plan: Plan, source: Tier) -> Plan | None:
+        """The plan with what is free on the fastest tier given to weights from `source`."""
+        weights, device = plan.policy.weights, self._device
+        free = plan.budgets.of(device) - plan.tier_bytes(device)
+        resident = home_bytes(plan, device)[0]
+        whole = resident / weights.of(device) if weights.of(device) else 0.0
+        whole = whole or float(sum(plan.placement.achieved_bytes.values()))
+        part = min(weights.of(source), free / whole)
+        while part > 2e-3:
+            values = {tier.value: weights.of(tier) for tier in Tier}
+            values[source.value] = max(0.0, values[source.value] - part)
+            values[device.value] = min(1.0, values[device.value] + part)
+            try:
+                fuller = self._planner(replace(plan.policy, weights=Shares(**values)))
+            except PolicyError:
+                return None
+            if not fuller.shortfalls():
+                return fuller
+            part /= 2
+        return None
+
+    # what else would help
+
+    def _wishes(self, best: Scored) -> dict[str, float]:
+        """Estimated throughput with one more GiB of a tier, or a link twice as fast."""
+        wishes = {}
+        for tier in self._machine.tiers:
+            if tier != Tier.DISK:
+                more = _with_budget(self._planner, tier, GIB)
+                wishes[f"1 GiB more {tier.value} memory"] = self._gain(best, more, self._machine)
+        profile = self._machine.profile
+        for link in profile.links:
+            if best.prediction.link_bytes.get(link):
+                faster = {**profile.links, link: profile.links[link].scaled(2.0)}
+                emulation = self._machine.emulation
+                rate = getattr(emulation, f"{link}_bytes_per_s", None)
+                if emulation is not None and rate:
+                    emulation = replace(emulation, **{f"{link}_bytes_per_s": 2 * rate})
+                machine = replace(
+                    self._machine, profile=replace(profile, links=faster), emulation=emulation
+                )
+                wishes[f"{link} twice as fast"] = self._gain(best, self._planner, machine)
+        return wishes
+
+    def _lossy(self, best: Scored) -> dict[str, float]:
+        """Estimated throughput with compression, where it is not allowed."""
+        policy = best.plan.policy
+        if self._limits.compression or policy.weight_codec or policy.cache_codec:
+            return {}
+        gains = {}
+        for bits in ("8", "4"):
+            both = {"compress_weight": bits, "compress_vocabulary": bits, "compress_cache": bits}
+            gains[f"{bits}-bit weights and KV cache"] = self._gain(
+                best, self._planner, self._machine, both
+            )
+        return gains
+
+    def _gain(
+        self,
+        best: Scored,
+        make: MakePlan,
+        machine: Machine,
+        change: Mapping[str, Any] | None = None,
+    ) -> float:
+        """Estimated throughput over the estimate of the best plan's own choice."""
+        knobs = _without_shares(best.plan.policy)
+        if self._estimate_s is None:
+            self._estimate_s = self._quickest(self._planner, self._machine, knobs)
+        after = self._quickest(make, machine, {**knobs, **(change or {})})
+        return self._estimate_s / after if self._estimate_s and after else 1.0
+
+    def _quickest(self, make: MakePlan, machine: Machine, knobs: Mapping[str, Any]) -> float | None:
+        programme = SharesProgramme(make, machine, self._demand, knobs, self._fixed)
+        seconds = []
+        for weights_travel, kv_travels in product((False, True), (False, True)):
+            try:
+                solution = programme.solve(weights_travel=weights_travel, kv_travels=kv_travels)
+            except PolicyError:
+                continue
+            if solution is not None:
+                seconds.append(solution.seconds)
+        return min(seconds, default=None)
+
+
+def _without_shares(policy: Policy) -> dict[str, Any]:
+    names = Policy.__dataclass_fields__
+    return {n: getattr(policy, n) for n in names if n not in ("weights", "kv_cache")}
+
+
+def _with_budget(make: MakePlan, tier: Tier, more: int) -> MakePlan:
+    def made(policy: Policy) -> Plan:
+        plan = make(policy)
+        budgets = {one.value: plan.budgets.of(one) for one in Tier}
+        budgets[tier.value] += more
+        return replace(plan, budgets=Budgets(**budgets, overhead=plan.budgets.overhead))
+
+    return made
