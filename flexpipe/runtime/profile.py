@@ -163,16 +163,26 @@ def _watch(device: torch.device, effort: Effort) -> Stopwatch:
 
 def _in_thread(work: Callable[[], _T], num_threads: int | None = None) -> _T:
     """In a thread of its own, whose team of workers ends with it; all intra-op threads or some."""
+    count = num_threads or torch.get_num_threads()
 
     def run() -> _T:
-        if num_threads is not None:
-            torch.get_num_threads()  # lets torch set up this thread before it is overruled
-            torch.set_num_threads(num_threads)
+        torch.get_num_threads()  # lets torch set up this thread before it is overruled
+        torch.set_num_threads(count)
         with torch.inference_mode():
             return work()
 
-    with ThreadPoolExecutor(1, "flexpipe-measure") as thread:
+    with _threads_kept(), ThreadPoolExecutor(1, "flexpipe-measure") as thread:
         return thread.submit(run).result()
+
+
+@contextlib.contextmanager
+def _threads_kept() -> Iterator[None]:
+    """What one thread sets, later threads start with: undo it."""
+    num_threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def _overheads(device: Device, directory: Path, effort: Effort) -> dict[str, float]:
@@ -230,12 +240,13 @@ def _slowdowns(
             tasks[str(task.key[1])] = task
         if device.torch_device == CPU:
             tasks["compute"] = ProductTasks(CPU, effort).pair(dtype)
-        return slowdowns(
-            tasks,
-            num_threads=torch.get_num_threads(),
-            windows=effort.pair_windows,
-            window_s=effort.pair_s,
-        )
+        with _threads_kept():
+            return slowdowns(
+                tasks,
+                num_threads=torch.get_num_threads(),
+                windows=effort.pair_windows,
+                window_s=effort.pair_s,
+            )
 
 
 def _of_size(tasks: Iterator[Task], num_bytes: int) -> Task:
