@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from flexpipe.units import MIB
 
 KIB = 1024
+_WIDEST = 4  # bytes of a number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,26 @@ class Effort:
     pair_windows: int
     pair_s: float
     op_steps: int
+
+    def within(self, memory_bytes: int) -> Effort:
+        """The same with nothing larger than a sixteenth of the memory, but for the least sizes."""
+        most = memory_bytes // 16
+
+        def few(sizes: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(size for size in sizes if size <= most) or sizes[:1]
+
+        held_bytes = self.held_bytes
+        while held_bytes > max(most, KIB * KIB):
+            held_bytes //= 2
+        weights = [shape for shape in self.weights if math.prod(shape) * _WIDEST <= most]
+        return replace(
+            self,
+            weights=tuple(weights) if len(weights) > 1 else self.weights[:2],
+            decode=few(self.decode),
+            copies=few(self.copies),
+            transfers=few(self.transfers),
+            held_bytes=held_bytes,
+        )
 
 
 FULL = Effort(

@@ -25,6 +25,7 @@ import torch
 
 from flexpipe.memory.offload import OffloadDirectory
 from flexpipe.model.matmul import packs
+from flexpipe.plan.hardware import free_memory
 from flexpipe.policy.curve import Curve, Surface
 from flexpipe.policy.profile import OVERHEADS, Profile, Rates
 from flexpipe.runtime.device import Device, open_device
@@ -56,14 +57,14 @@ def measure_profile(
 
     An emulated accelerator has its CPU's profile. No `dtypes` means those worth computing in.
     """
-    effort = effort or (QUICK if quick else FULL)
     device = measured_device(device_name)
+    effort = (effort or (QUICK if quick else FULL)).within(free_memory())
     dtypes = dtypes or worthwhile_dtypes(device.torch_device)
     with OffloadDirectory(offload_dir) as offload:
         memory = usable_memory(device, offload.path)
         progress("what ops cost beside their work")
         overheads = _overheads(device, offload.job, effort)
-        with contextlib.closing(DiskTasks(offload.job, effort.file_bytes)) as disk:
+        with contextlib.closing(DiskTasks(offload.job, effort)) as disk:
             progress("links and the disk")
             links = _links(device, disk, effort)
             overheads["read"] = 1 / _watch(CPU, effort).rate(disk.read_page())
@@ -100,7 +101,7 @@ def with_dtypes(
     effort: Effort = QUICK,
 ) -> Profile:
     """The profile, completed by compute dtypes that it lacks."""
-    device = measured_device(device_name)
+    device, effort = measured_device(device_name), effort.within(free_memory())
     found = _compute(device.torch_device, dtypes, effort, progress)
     host = profile.host
     if host is not None:
@@ -162,16 +163,26 @@ def _watch(device: torch.device, effort: Effort) -> Stopwatch:
 
 def _in_thread(work: Callable[[], _T], num_threads: int | None = None) -> _T:
     """In a thread of its own, whose team of workers ends with it; all intra-op threads or some."""
+    count = num_threads or torch.get_num_threads()
 
     def run() -> _T:
-        if num_threads is not None:
-            torch.get_num_threads()  # lets torch set up this thread before it is overruled
-            torch.set_num_threads(num_threads)
+        torch.get_num_threads()  # lets torch set up this thread before it is overruled
+        torch.set_num_threads(count)
         with torch.inference_mode():
             return work()
 
-    with ThreadPoolExecutor(1, "flexpipe-measure") as thread:
+    with _threads_kept(), ThreadPoolExecutor(1, "flexpipe-measure") as thread:
         return thread.submit(run).result()
+
+
+@contextlib.contextmanager
+def _threads_kept() -> Iterator[None]:
+    """What one thread sets, later threads start with: undo it."""
+    num_threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def _overheads(device: Device, directory: Path, effort: Effort) -> dict[str, float]:
@@ -229,12 +240,13 @@ def _slowdowns(
             tasks[str(task.key[1])] = task
         if device.torch_device == CPU:
             tasks["compute"] = ProductTasks(CPU, effort).pair(dtype)
-        return slowdowns(
-            tasks,
-            num_threads=torch.get_num_threads(),
-            windows=effort.pair_windows,
-            window_s=effort.pair_s,
-        )
+        with _threads_kept():
+            return slowdowns(
+                tasks,
+                num_threads=torch.get_num_threads(),
+                windows=effort.pair_windows,
+                window_s=effort.pair_s,
+            )
 
 
 def _of_size(tasks: Iterator[Task], num_bytes: int) -> Task:
