@@ -300,7 +300,7 @@ def test_an_offload_directory_too_small_is_refused_before_anything_is_loaded(
 def test_space_that_others_took_since_the_plan_is_one_clear_error(
     runner: Runner, tiny_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flexpipe.job.prepare.free_disk", lambda path: 1 << 40)
+    monkeypatch.setattr("flexpipe.runtime.usable.free_disk", lambda path: 1 << 40)
     (runner.folder / "offload").symlink_to(tiny_disk)
     with pytest.raises(RunError, match=r"the disk of .* is full: .* wanted, .* free\. Free some"):
         runner(
