@@ -233,7 +233,8 @@ def _count_ops(plan: Plan, rehearsal: _Rehearsal) -> float:
 
 @dataclass(slots=True)
 class _Totals:
-    """What adds up over steps and layers."""
+    """What adds up over steps and layers; where a lane has a link's name, all the link's work is
+    the lane's."""
 
     work_s: dict[str, float]
     busy_s: dict[str, float]
@@ -243,7 +244,7 @@ class _Totals:
     @classmethod
     def of(cls, made: Simulated) -> _Totals:
         return cls(
-            {str(name): seconds for name, seconds in made.work_s.items()},
+            {**made.link_work_s, **{lane.value: took for lane, took in made.work_s.items()}},
             {lane.value: seconds for lane, seconds in made.busy_s.items()},
             dict(made.link_bytes),
             sum(made.num_ops.values()),
