@@ -38,6 +38,7 @@ from flexpipe.schedule.op import Kind, Op, Segment
 from flexpipe.schedule.simulate import Cost
 from flexpipe.schedule.step import MicroBatch, Row
 
+TOKEN_BYTES = 9  # its number, and whether its logits were finite
 IN_FLIGHT = 8  # scattered reads and writes of one op at a time
 # numbers that go through a norm's worth of work, relative to one of the hidden's
 _ROPE, _APPEND, _GATE, _LOOKUP = 1.0, 0.4, 0.5, 0.3
@@ -85,10 +86,22 @@ class Shape:
 
 class CostModel:
     """Prices the ops of one plan on one machine; raises PolicyError where the profile lacks what
-    the plan needs."""
+    the plan needs.
 
-    def __init__(self, plan: Plan, profile: Profile, emulation: Emulation | None = None) -> None:
+    Some ops have work in some steps only: a page of the KV cache goes to disk when it is full.
+    With `averaged` they cost what such an op does on average, for steps that stand for others.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        profile: Profile,
+        emulation: Emulation | None = None,
+        *,
+        averaged: bool = False,
+    ) -> None:
         self.plan = plan
+        self._averaged = averaged
         self.profile = profile
         self.emulation = emulation
         self._config = plan.config
@@ -150,7 +163,8 @@ class CostModel:
         """The micro-batch's shape, found once per step."""
         known = self._shapes.get(batch.index)
         if known is None or known[0] is not batch:
-            known = self._shapes[batch.index] = (batch, _shape(batch, self.plan, self._windows))
+            shape = _shape(batch, self.plan, self._windows, averaged=self._averaged)
+            known = self._shapes[batch.index] = (batch, shape)
         return known[1]
 
     # moves
@@ -301,7 +315,9 @@ class CostModel:
         return Cost(self.profile.overhead("other") + logits / rate, "compute")
 
     def _fetch(self, op: Op) -> Cost:
-        return Cost(self.profile.overhead("move"), "copy", link="")
+        if not self.plan.streams_to_device:
+            return Cost(self.profile.overhead("move"), "copy")
+        return self._move("d2h", self._shape(op).num_sampled * TOKEN_BYTES)
 
     def _commit(self, op: Op) -> Cost:
         rows = self._shape(op).num_rows
@@ -432,7 +448,9 @@ class CostModel:
         return self._classes.setdefault(key, len(self._classes))
 
 
-def _shape(batch: MicroBatch, plan: Plan, windows: tuple[int | None, ...]) -> Shape:
+def _shape(
+    batch: MicroBatch, plan: Plan, windows: tuple[int | None, ...], *, averaged: bool
+) -> Shape:
     """Sort a micro-batch's rows by what they cost."""
     mb = plan.micro_batches[batch.index]
     here: list[Row] = []
@@ -447,7 +465,7 @@ def _shape(batch: MicroBatch, plan: Plan, windows: tuple[int | None, ...]) -> Sh
             moving.append(row)
         if home == Tier.DISK:
             disk.append(row)
-    read, write = _reads(disk, plan, mb), _writes(disk, plan)
+    read, write = _reads(disk, plan, mb), (_mean_writes if averaged else _writes)(disk, plan)
     loaded = [row for row in moving if row.num_context]
     return Shape(
         num_new=batch.num_new,
@@ -495,3 +513,11 @@ def _writes(rows: list[Row], plan: Plan) -> tuple[int, int]:
         total += (end - begin) * KV_PAGE
         pieces += end > begin
     return total, pieces
+
+
+def _mean_writes(rows: list[Row], plan: Plan) -> tuple[int, int]:
+    """The same where rows that decode are at any place of a page."""
+    decoding = [row for row in rows if row.num_new == 1]
+    total, pieces = _writes([row for row in rows if row.num_new > 1], plan)
+    share = min(1.0, plan.token_bytes / KV_PAGE)
+    return total + len(decoding) * plan.token_bytes, pieces + round(len(decoding) * share)

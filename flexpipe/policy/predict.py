@@ -373,7 +373,7 @@ def _steady(plan: Plan, costs: CostModel, step: Mapping[int, Counts]) -> _Steady
 def _again(plan: Plan, costs: CostModel, step: Mapping[int, Counts]) -> _Steady:
     """What the second of two equal steps takes."""
     script = _Script(plan, step)
-    mine = CostModel(plan, costs.profile, costs.emulation)
+    mine = CostModel(plan, costs.profile, costs.emulation, averaged=True)
     made = simulate(
         schedule(plan, script.steps),
         mine,
