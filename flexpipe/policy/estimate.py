@@ -34,7 +34,8 @@ class Work:
     def add(self, lane: str, cost: Cost, times: float) -> None:
         self.seconds[lane] += cost.seconds * times
         if cost.link:
-            self.seconds[cost.link] += cost.seconds * times
+            if cost.link != lane:  # a lane with a link's name has all the link's work
+                self.seconds[cost.link] += cost.seconds * times
             self.num_bytes[cost.link] += cost.num_bytes * times
 
     def add_all(self, other: Work, times: float) -> None:

@@ -166,11 +166,11 @@ def _watch(device: torch.device, effort: Effort) -> Stopwatch:
 
 def _in_thread(work: Callable[[], _T], num_threads: int | None = None) -> _T:
     """In a thread of its own, whose team of workers ends with it; all intra-op threads or some."""
-    count = num_threads or torch.get_num_threads()
+    team = num_threads or torch.get_num_threads()  # a new thread would have what was set last
 
     def run() -> _T:
         torch.get_num_threads()  # lets torch set up this thread before it is overruled
-        torch.set_num_threads(count)
+        torch.set_num_threads(team)
         with torch.inference_mode():
             return work()
 
