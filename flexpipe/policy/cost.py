@@ -108,9 +108,7 @@ class CostModel:
         self._dtype = plan.compute_dtype
         self._windows = tuple(dict.fromkeys(plan.config.windows or (None,)))
         self._shapes: dict[int, tuple[MicroBatch, Shape]] = {}
-        self._products: dict[tuple[int, Segment | None, int], float] = {}
-        self._classes: dict[object, int] = {}
-        self._class_of: dict[int, int] = {}  # by position
+        self._products: dict[tuple[str, Segment | None, int], float] = {}
         self._costs: dict[object, Cost] = {}
         self._price: Mapping[Kind, Callable[[Op], Cost]] = {
             Kind.READ_WEIGHT: self._read_weight,
@@ -169,13 +167,13 @@ class CostModel:
 
     @cached_property
     def alike(self) -> list[tuple[LayerPlan, int]]:
-        """Layers that cost micro-batches the same: the first of each kind, and their number."""
-        counts: dict[tuple[int, int | None, bool], int] = defaultdict(int)
-        first: dict[tuple[int, int | None, bool], LayerPlan] = {}
+        """Layers that cost the same: the first of each kind, and their number."""
+        counts: dict[tuple[str, int | None, bool], int] = defaultdict(int)
+        first: dict[tuple[str, int | None, bool], LayerPlan] = {}
         last = self.plan.layers[-1]
         for layer in self.plan.layers:
             window = None if layer.layer is None else self._config.window(layer.layer)
-            key = self._class(layer.position), window, layer is last
+            key = layer.likeness, window, layer is last
             counts[key] += 1
             first.setdefault(key, layer)
         return [(layer, counts[key]) for key, layer in first.items()]
@@ -391,10 +389,10 @@ class CostModel:
 
     def _products_s(self, position: int, segment: Segment | None, rows: int) -> float:
         """A layer's products with `rows` tokens, conversion of their weights included."""
-        key = self._class(position), segment, rows
+        layer = self.plan.layers[position]
+        key = layer.likeness, segment, rows
         seconds = self._products.get(key)
         if seconds is None:
-            layer = self.plan.layers[position]
             roles = _ROLES.get(segment) if segment else None
             parts = [
                 (part, resident)
@@ -461,20 +459,6 @@ class CostModel:
             f"the profile {self.profile.name} has no {what} for {key}, which this policy needs; "
             "measure it with flexpipe profile, or add it to the hardware file"
         )
-
-    def _class(self, position: int) -> int:
-        """Layers whose products cost the same, by number."""
-        if position in self._class_of:
-            return self._class_of[position]
-        layer = self.plan.layers[position]
-        key = (
-            layer.kind,
-            layer.vocab and (layer.vocab[0] == 0, layer.vocab[1] - layer.vocab[0]),
-            *((part.shape, part.tensor.dtype, part.tensor.codec, True) for part in layer.resident),
-            *((part.shape, part.tensor.dtype, part.tensor.codec) for part in layer.streamed.parts),
-        )
-        made = self._class_of[position] = self._classes.setdefault(key, len(self._classes))
-        return made
 
 
 def _shape(

@@ -114,10 +114,10 @@ def work_of(costs: CostModel, phase: Phase, demand: Demand) -> Work:
 def step_work(costs: CostModel, batches: Sequence[MicroBatch], times: int = 1) -> Work:
     """Seconds that a step keeps each lane and link busy; every micro-batch counts `times`."""
     plan, work, alike = costs.plan, Work(), costs.alike
-    for layer in plan.layers:
+    for layer, count in alike:
         for kind in _weight_kinds(plan, layer):
             op = Op(0, kind, 0, layer.position, None, ())
-            work.add(op.lane.value, costs(op), 1)
+            work.add(op.lane.value, costs(op), count)
     for batch in batches:
         shape = costs.shape(batch)
         for layer, count in alike:
