@@ -3,9 +3,9 @@
     PYTHONPATH=. python benchmarks/t4_replay.py [--json FILE]
 
 Plays the policies that FlexGen published for one NVIDIA T4 (policies/flexgen-*.yaml) on the machine
-of its paper, as policies/hardware/t4-gcp.yaml describes it, and what `flexpipe plan` finds there for
-the same requests: 512 tokens in, 32 out, one block of FlexGen's. Nothing is run, and no figure of
-the machine that plays them enters.
+of its paper, as policies/hardware/t4-gcp.yaml describes it, and what `flexpipe plan` finds there
+for the same requests: 512 tokens in, 32 out, one block of FlexGen's. Nothing is run, and no
+figure of the machine that plays them enters.
 """
 
 from __future__ import annotations

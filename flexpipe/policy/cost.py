@@ -87,10 +87,22 @@ class Shape:
 
 class CostModel:
     """Prices the ops of one plan on one machine; raises PolicyError where the profile lacks what
-    the plan needs."""
+    the plan needs.
 
-    def __init__(self, plan: Plan, profile: Profile, emulation: Emulation | None = None) -> None:
+    Some ops have work in some steps only: a page of the KV cache goes to disk when it is full.
+    With `averaged` they cost what such an op does on average, for steps that stand for others.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        profile: Profile,
+        emulation: Emulation | None = None,
+        *,
+        averaged: bool = False,
+    ) -> None:
         self.plan = plan
+        self._averaged = averaged
         self.profile = profile
         self.emulation = emulation
         self._config = plan.config
@@ -150,7 +162,8 @@ class CostModel:
         """The micro-batch's shape, found once per step."""
         known = self._shapes.get(batch.index)
         if known is None or known[0] is not batch:
-            known = self._shapes[batch.index] = (batch, _shape(batch, self.plan, self._windows))
+            shape = _shape(batch, self.plan, self._windows, averaged=self._averaged)
+            known = self._shapes[batch.index] = (batch, shape)
         return known[1]
 
     @cached_property
@@ -449,7 +462,9 @@ class CostModel:
         )
 
 
-def _shape(batch: MicroBatch, plan: Plan, windows: tuple[int | None, ...]) -> Shape:
+def _shape(
+    batch: MicroBatch, plan: Plan, windows: tuple[int | None, ...], *, averaged: bool
+) -> Shape:
     """Sort a micro-batch's rows by what they cost."""
     mb = plan.micro_batches[batch.index]
     here: list[Row] = []
@@ -464,7 +479,7 @@ def _shape(batch: MicroBatch, plan: Plan, windows: tuple[int | None, ...]) -> Sh
             moving.append(row)
         if home == Tier.DISK:
             disk.append(row)
-    read, write = _reads(disk, plan, mb), _writes(disk, plan)
+    read, write = _reads(disk, plan, mb), (_mean_writes if averaged else _writes)(disk, plan)
     loaded = [row for row in moving if row.num_context]
     return Shape(
         num_new=batch.num_new,
@@ -512,3 +527,11 @@ def _writes(rows: list[Row], plan: Plan) -> tuple[int, int]:
         total += (end - begin) * KV_PAGE
         pieces += end > begin
     return total, pieces
+
+
+def _mean_writes(rows: list[Row], plan: Plan) -> tuple[int, int]:
+    """The same where rows that decode are at any place of a page."""
+    decoding = [row for row in rows if row.num_new == 1]
+    total, pieces = _writes([row for row in rows if row.num_new > 1], plan)
+    share = min(1.0, plan.token_bytes / KV_PAGE)
+    return total + len(decoding) * plan.token_bytes, pieces + round(len(decoding) * share)

@@ -37,7 +37,8 @@ class Work:
         self.seconds[lane] += cost.seconds * times
         self.active[cost.activity] += cost.seconds * cost.duty * times
         if cost.link:
-            self.seconds[cost.link] += cost.seconds * times
+            if cost.link != lane:  # a lane with a link's name has all the link's work
+                self.seconds[cost.link] += cost.seconds * times
             self.num_bytes[cost.link] += cost.num_bytes * times
 
     def add_all(self, other: Work, times: float) -> None:

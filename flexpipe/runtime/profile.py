@@ -32,7 +32,7 @@ from flexpipe.runtime.device import Device, open_device
 from flexpipe.runtime.effort import FULL, QUICK, Effort
 from flexpipe.runtime.measure_attention import PAIR_BYTES, AttentionTasks
 from flexpipe.runtime.measure_links import DiskTasks, copy_tasks
-from flexpipe.runtime.measure_overhead import measure_overheads
+from flexpipe.runtime.measure_overhead import op_times, overheads
 from flexpipe.runtime.measure_products import ProductTasks
 from flexpipe.runtime.measure_slowdown import slowdowns
 from flexpipe.runtime.stopwatch import Rated, Stopwatch, Task, TaskSource, rate_all
@@ -63,15 +63,18 @@ def measure_profile(
     with OffloadDirectory(offload_dir) as offload:
         memory = usable_memory(device, offload.path)
         progress("what ops cost beside their work")
-        overheads = _overheads(device, offload.job, effort)
+        tries = [_op_times(device, offload.job, effort)]
         with contextlib.closing(DiskTasks(offload.job, effort)) as disk:
             progress("links and the disk")
             links = _links(device, disk, effort)
-            overheads["read"] = 1 / _watch(CPU, effort).rate(disk.read_page())
+            read_s = 1 / _watch(CPU, effort).rate(disk.read_page())
+            tries.append(_op_times(device, offload.job, effort))
             rates = _compute(device.torch_device, dtypes, effort, progress)
             host = None if device.torch_device == CPU else _host(dtypes, effort, progress)
             progress("how activities disturb each other")
             slowdown = _slowdowns(device, dtypes[0], disk, effort)
+        tries.append(_op_times(device, offload.job, effort))
+    overhead_s = {**overheads(tries), "read": read_s}
     return Profile(
         name=_name(device),
         date=datetime.date.today().isoformat(),
@@ -81,7 +84,7 @@ def measure_profile(
         links=_curves(links, "links"),
         compute=_rates(rates),
         host=host,
-        overhead_s={name: overheads[name] for name in OVERHEADS},
+        overhead_s={name: overhead_s[name] for name in OVERHEADS},
         slowdown=slowdown,
         load=_flat(rates, "load"),
         details=_curves(links, "details"),
@@ -163,11 +166,11 @@ def _watch(device: torch.device, effort: Effort) -> Stopwatch:
 
 def _in_thread(work: Callable[[], _T], num_threads: int | None = None) -> _T:
     """In a thread of its own, whose team of workers ends with it; all intra-op threads or some."""
-    count = num_threads or torch.get_num_threads()
+    team = num_threads or torch.get_num_threads()  # a new thread would have what was set last
 
     def run() -> _T:
         torch.get_num_threads()  # lets torch set up this thread before it is overruled
-        torch.set_num_threads(count)
+        torch.set_num_threads(team)
         with torch.inference_mode():
             return work()
 
@@ -185,10 +188,8 @@ def _threads_kept() -> Iterator[None]:
         torch.set_num_threads(num_threads)
 
 
-def _overheads(device: Device, directory: Path, effort: Effort) -> dict[str, float]:
-    name = device.torch_device.type
-    tries = [measure_overheads(name, directory, effort.op_steps) for _ in range(effort.rounds)]
-    return {key: min(one[key] for one in tries) for key in tries[0]}
+def _op_times(device: Device, directory: Path, effort: Effort) -> dict[str, float]:
+    return op_times(device.torch_device.type, directory, effort.op_steps)
 
 
 def _links(device: Device, disk: DiskTasks, effort: Effort) -> Rated:

@@ -36,7 +36,7 @@ from flexpipe.runtime.profile_cache import (
     profile_path,
     write_profile,
 )
-from flexpipe.runtime.stopwatch import Stopwatch, Task, rate_all
+from flexpipe.runtime.stopwatch import Rated, Stopwatch, Task, TaskSource, rate_all
 from flexpipe.units import MIB
 
 KIB = 1024
@@ -81,6 +81,22 @@ def test_a_real_measurement_has_all_that_a_prediction_reads(tmp_path: Path) -> N
     assert (made.device, made.machine, made.quick) == ("cpu", machine_id(), True)
     assert_same(parse_profile_text(render_profile(made)), made)
     assert [path.name for path in tmp_path.rglob("*.bin")] == []
+
+
+def test_what_computes_is_measured_with_all_threads_and_what_moves_with_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+
+    def watched(sources: Sequence[TaskSource], watch: Stopwatch, rounds: int) -> Rated:
+        threads.append(torch.get_num_threads())
+        return rate_all(sources, watch, rounds)
+
+    monkeypatch.setattr("flexpipe.runtime.profile.rate_all", watched)
+    measure_profile("cpu", tmp_path, ("float32",), quick=True, effort=TINY)
+    *moves, computes = threads
+    assert set(moves) == {1}
+    assert computes == torch.get_num_threads() > 1
 
 
 @pytest.mark.parametrize("effort", [QUICK, FULL])
