@@ -44,8 +44,9 @@ FETCHED_BYTES = 8 + 1  # of a sampled row: its token, and whether its logits wer
 _ROPE, _APPEND, _GATE, _LOOKUP = 1.0, 0.4, 0.5, 0.3
 # how a layer's fixed cost falls on its segments
 _OVERHEAD_SHARE = {None: 1.0, Segment.QKV: 0.4, Segment.ATTEND: 0.2, Segment.OUT: 0.4}
-_ROLES = {
+_ROLES: Mapping[Segment, tuple[str, ...]] = {
     Segment.QKV: ("q_proj", "k_proj", "v_proj"),
+    Segment.ATTEND: (),
     Segment.OUT: ("o_proj", "gate_proj", "up_proj", "down_proj"),
 }
 

@@ -210,7 +210,7 @@ def _fits(shares: Sequence[_Share], values: FloatArray, room: Bytes) -> bool:
 
 def tidy(values: Mapping[Tier, float]) -> Shares:
     """Shares in millionths, as a file shows them; what they lack to 1 is the slowest tier's."""
-    clean = {tier: round(min(1.0, max(0.0, values.get(tier, 0.0))), 6) for tier in Tier}
+    clean = {tier: round(float(min(1.0, max(0.0, values.get(tier, 0.0)))), 6) for tier in Tier}
     last = [tier for tier in Tier if clean[tier]][-1]
     clean[last] = round(clean[last] + 1.0 - sum(clean.values()), 6)
     return Shares(**{tier.value: share for tier, share in clean.items()})
