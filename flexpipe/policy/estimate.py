@@ -23,6 +23,8 @@ from flexpipe.schedule.op import Kind, Op, Segment
 from flexpipe.schedule.simulate import Cost, Pairs
 from flexpipe.schedule.step import MicroBatch
 
+_BESIDE = {Kind.READ_CACHE, Kind.LOAD_CACHE, Kind.STORE_CACHE, Kind.WRITE_CACHE}
+
 
 @dataclass(slots=True)
 class Work:
@@ -125,7 +127,21 @@ def work_of(costs: CostModel, phase: Phase, demand: Demand) -> Work:
     batch = MicroBatch(0, ())
     costs.know(batch, _shape(costs.plan, phase, demand))
     work = step_work(costs, [batch], times=len(costs.plan.micro_batches))
-    return work.disturbed(costs.profile.slowdown)
+    work = work.disturbed(costs.profile.slowdown)
+    work.seconds["path"] = _path_s(costs, batch)
+    return work
+
+
+def _path_s(costs: CostModel, batch: MicroBatch) -> float:
+    """Seconds of one micro-batch's ops, which come one after the other but for the moves of its KV
+    cache: with few micro-batches no lane is busy all the time."""
+    shape, seconds = costs.shape(batch), 0.0
+    for layer, count in costs.alike:
+        for kind, segment in _kinds(costs.plan, layer, batch, shape):
+            if kind not in _BESIDE:
+                op = Op(0, kind, 0, layer.position, batch, (), segment=segment)
+                seconds += costs(op).seconds * count
+    return seconds
 
 
 def step_work(costs: CostModel, batches: Sequence[MicroBatch], times: int = 1) -> Work:
