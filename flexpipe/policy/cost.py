@@ -83,6 +83,7 @@ class Shape:
     read_extents: int
     write_bytes: int
     write_extents: int
+    disk_rows: int  # whose new tokens go to disk, or wait for their page to fill
 
 
 class CostModel:
@@ -496,6 +497,7 @@ def _shape(
         read_extents=read[1],
         write_bytes=write[0],
         write_extents=write[1],
+        disk_rows=len(disk),
     )
 
 

@@ -198,6 +198,7 @@ def _shape(plan: Plan, phase: Phase, demand: Demand) -> Shape:
         read_extents=behind if on_disk else 0,
         write_bytes=round(fills * KV_PAGE) if on_disk else 0,
         write_extents=max(1, round(min(fills, phase.decoding + prompts))) if on_disk else 0,
+        disk_rows=phase.decoding + prompts if on_disk else 0,
     )
 
 
@@ -264,5 +265,5 @@ def _cache_kinds(plan: Plan, shape: Shape) -> Iterator[Kind]:
         yield Kind.LOAD_CACHE
     if plan.streams_to_device and shape.store_rows:
         yield Kind.STORE_CACHE
-    if shape.write_extents:
+    if shape.disk_rows:
         yield Kind.WRITE_CACHE

@@ -9,6 +9,7 @@ its layers share is built by that op.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from flexpipe.schedule.op import Kind
 from flexpipe.schedule.step import MicroBatch, Row
 
 MANY_ROWS = 32
+_MOST_S, _LEAST_STEPS = 0.5, 4  # of one run
 _MODEL = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -112,16 +114,21 @@ def _is_move(span: Span) -> bool:
 
 
 class _Rows:
-    """One micro-batch of rows that decode for some steps: the least that a job must do."""
+    """One micro-batch of rows that decode for some steps: the least that a job must do.
+
+    Where other work holds them up they are fewer.
+    """
 
     def __init__(self, num_rows: int, num_steps: int) -> None:
         self._next: tuple[Row, ...] | None = tuple(
             Row(place, place, 0, (3, 4), True) for place in range(num_rows)
         )
         self._num_steps = num_steps
+        self._end = time.perf_counter() + _MOST_S
 
     def steps(self, index: int) -> Iterator[MicroBatch | None] | None:
-        return None if index == self._num_steps else self._step()
+        late = index >= _LEAST_STEPS and time.perf_counter() > self._end
+        return None if index == self._num_steps or late else self._step()
 
     def _step(self) -> Iterator[MicroBatch | None]:
         while self._next is None:

@@ -68,7 +68,8 @@ def measure_profile(
             progress("links and the disk")
             links = _links(device, disk, effort)
             read_s = 1 / _watch(CPU, effort).rate(disk.read_page())
-            tries.append(_op_times(device, offload.job, effort))
+            if not effort.quick:
+                tries.append(_op_times(device, offload.job, effort))
             rates = _compute(device.torch_device, dtypes, effort, progress)
             host = None if device.torch_device == CPU else _host(dtypes, effort, progress)
             progress("how activities disturb each other")
