@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flexpipe.job.bench import as_options
 from flexpipe.job.outlook import Inquiry, Outlook
 from flexpipe.job.table import plain_table
 from flexpipe.model.config import ModelConfig
 from flexpipe.plan.plan import Planner
+from flexpipe.plan.spelling import as_options
 from flexpipe.plan.tier import Tier
 from flexpipe.policy.fit import Fit, find_fit
 from flexpipe.units import format_bytes
