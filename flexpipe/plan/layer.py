@@ -7,9 +7,11 @@ largest other load, so that one size of slot serves all.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 
 from flexpipe.model.config import (
     ModelConfig,
@@ -34,7 +36,7 @@ class LayerKind(StrEnum):
     HEAD = "head"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerPlan:
     """One layer of the stage: its parts, and how those that travel lie in a slot.
 
@@ -80,6 +82,20 @@ class LayerPlan:
     @property
     def leaves_hidden(self) -> bool:
         return self.kind != LayerKind.HEAD
+
+    @cached_property
+    def likeness(self) -> str:
+        """The same for layers that ask the same of lanes and links, wherever they stand."""
+        here, moves = self.resident, self.streamed
+        width = self.vocab and (self.vocab[0] == 0, self.vocab[1] - self.vocab[0])
+        sizes = moves.pack_bytes, moves.read_bytes, len(moves.extents)
+        what = self.kind, width, sizes, [_matter(part) for part in here]
+        return sys.intern(repr((*what, [_matter(part) for part in moves.parts])))
+
+
+def _matter(part: Part) -> tuple[object, ...]:
+    """What of a tensor decides how long it takes."""
+    return part.shape, part.tensor.spec.role, part.tensor.dtype, part.tensor.codec
 
 
 def stage_layers(

@@ -198,7 +198,7 @@ class Plan:
         """One for the streamed layer in use, and one for each that is loaded ahead."""
         return min(self.policy.prefetch_depth + 1, len(self.streamed_layers))
 
-    @property
+    @cached_property
     def attends_on_cpu(self) -> bool:
         """Whether some rows' queries go to their KV cache, not the cache to the accelerator."""
         wanted = self.policy.cpu_attention and self.streams_to_device

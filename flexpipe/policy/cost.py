@@ -86,19 +86,29 @@ class Shape:
 
 class CostModel:
     """Prices the ops of one plan on one machine; raises PolicyError where the profile lacks what
-    the plan needs."""
+    the plan needs.
 
-    def __init__(self, plan: Plan, profile: Profile, emulation: Emulation | None = None) -> None:
+    Some ops have work in some steps only: a page of the KV cache goes to disk when it is full.
+    With `averaged` they cost what such an op does on average, for steps that stand for others.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        profile: Profile,
+        emulation: Emulation | None = None,
+        *,
+        averaged: bool = False,
+    ) -> None:
         self.plan = plan
+        self._averaged = averaged
         self.profile = profile
         self.emulation = emulation
         self._config = plan.config
         self._dtype = plan.compute_dtype
         self._windows = tuple(dict.fromkeys(plan.config.windows or (None,)))
         self._shapes: dict[int, tuple[MicroBatch, Shape]] = {}
-        self._products: dict[tuple[int, Segment | None, int], float] = {}
-        self._classes: dict[object, int] = {}
-        self._class_of: dict[int, int] = {}  # by position
+        self._products: dict[tuple[str, Segment | None, int], float] = {}
         self._costs: dict[object, Cost] = {}
         self._price: Mapping[Kind, Callable[[Op], Cost]] = {
             Kind.READ_WEIGHT: self._read_weight,
@@ -151,18 +161,19 @@ class CostModel:
         """The micro-batch's shape, found once per step."""
         known = self._shapes.get(batch.index)
         if known is None or known[0] is not batch:
-            known = self._shapes[batch.index] = (batch, _shape(batch, self.plan, self._windows))
+            shape = _shape(batch, self.plan, self._windows, averaged=self._averaged)
+            known = self._shapes[batch.index] = (batch, shape)
         return known[1]
 
     @cached_property
     def alike(self) -> list[tuple[LayerPlan, int]]:
-        """Layers that cost micro-batches the same: the first of each kind, and their number."""
-        counts: dict[tuple[int, int | None, bool], int] = defaultdict(int)
-        first: dict[tuple[int, int | None, bool], LayerPlan] = {}
+        """Layers that cost the same: the first of each kind, and their number."""
+        counts: dict[tuple[str, int | None, bool], int] = defaultdict(int)
+        first: dict[tuple[str, int | None, bool], LayerPlan] = {}
         last = self.plan.layers[-1]
         for layer in self.plan.layers:
             window = None if layer.layer is None else self._config.window(layer.layer)
-            key = self._class(layer.position), window, layer is last
+            key = layer.likeness, window, layer is last
             counts[key] += 1
             first.setdefault(key, layer)
         return [(layer, counts[key]) for key, layer in first.items()]
@@ -378,10 +389,10 @@ class CostModel:
 
     def _products_s(self, position: int, segment: Segment | None, rows: int) -> float:
         """A layer's products with `rows` tokens, conversion of their weights included."""
-        key = self._class(position), segment, rows
+        layer = self.plan.layers[position]
+        key = layer.likeness, segment, rows
         seconds = self._products.get(key)
         if seconds is None:
-            layer = self.plan.layers[position]
             roles = _ROLES.get(segment) if segment else None
             parts = [
                 (part, resident)
@@ -449,22 +460,10 @@ class CostModel:
             "measure it with flexpipe profile, or add it to the hardware file"
         )
 
-    def _class(self, position: int) -> int:
-        """Layers whose products cost the same, by number."""
-        if position in self._class_of:
-            return self._class_of[position]
-        layer = self.plan.layers[position]
-        key = (
-            layer.kind,
-            layer.vocab and (layer.vocab[0] == 0, layer.vocab[1] - layer.vocab[0]),
-            *((part.shape, part.tensor.dtype, part.tensor.codec, True) for part in layer.resident),
-            *((part.shape, part.tensor.dtype, part.tensor.codec) for part in layer.streamed.parts),
-        )
-        made = self._class_of[position] = self._classes.setdefault(key, len(self._classes))
-        return made
 
-
-def _shape(batch: MicroBatch, plan: Plan, windows: tuple[int | None, ...]) -> Shape:
+def _shape(
+    batch: MicroBatch, plan: Plan, windows: tuple[int | None, ...], *, averaged: bool
+) -> Shape:
     """Sort a micro-batch's rows by what they cost."""
     mb = plan.micro_batches[batch.index]
     here: list[Row] = []
@@ -479,7 +478,7 @@ def _shape(batch: MicroBatch, plan: Plan, windows: tuple[int | None, ...]) -> Sh
             moving.append(row)
         if home == Tier.DISK:
             disk.append(row)
-    read, write = _reads(disk, plan, mb), _writes(disk, plan)
+    read, write = _reads(disk, plan, mb), (_mean_writes if averaged else _writes)(disk, plan)
     loaded = [row for row in moving if row.num_context]
     return Shape(
         num_new=batch.num_new,
@@ -527,3 +526,11 @@ def _writes(rows: list[Row], plan: Plan) -> tuple[int, int]:
         total += (end - begin) * KV_PAGE
         pieces += end > begin
     return total, pieces
+
+
+def _mean_writes(rows: list[Row], plan: Plan) -> tuple[int, int]:
+    """The same where rows that decode are at any place of a page."""
+    decoding = [row for row in rows if row.num_new == 1]
+    total, pieces = _writes([row for row in rows if row.num_new > 1], plan)
+    share = min(1.0, plan.token_bytes / KV_PAGE)
+    return total + len(decoding) * plan.token_bytes, pieces + round(len(decoding) * share)

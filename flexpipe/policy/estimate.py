@@ -34,7 +34,8 @@ class Work:
     def add(self, lane: str, cost: Cost, times: float) -> None:
         self.seconds[lane] += cost.seconds * times
         if cost.link:
-            self.seconds[cost.link] += cost.seconds * times
+            if cost.link != lane:  # a lane with a link's name has all the link's work
+                self.seconds[cost.link] += cost.seconds * times
             self.num_bytes[cost.link] += cost.num_bytes * times
 
     def add_all(self, other: Work, times: float) -> None:
@@ -113,10 +114,10 @@ def work_of(costs: CostModel, phase: Phase, demand: Demand) -> Work:
 def step_work(costs: CostModel, batches: Sequence[MicroBatch], times: int = 1) -> Work:
     """Seconds that a step keeps each lane and link busy; every micro-batch counts `times`."""
     plan, work, alike = costs.plan, Work(), costs.alike
-    for layer in plan.layers:
+    for layer, count in alike:
         for kind in _weight_kinds(plan, layer):
             op = Op(0, kind, 0, layer.position, None, ())
-            work.add(op.lane.value, costs(op), 1)
+            work.add(op.lane.value, costs(op), count)
     for batch in batches:
         shape = costs.shape(batch)
         for layer, count in alike:

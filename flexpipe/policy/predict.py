@@ -123,6 +123,7 @@ def predict(
     num_ops = _count_ops(plan, rehearsal)
     if num_ops <= effort.exact_ops:
         return _whole(plan, queue, costs, keep_spans)
+    costs = CostModel(plan, profile, emulation, averaged=True)
     return _extrapolated(plan, queue, costs, rehearsal, effort)
 
 
@@ -165,7 +166,8 @@ def _whole(plan: Plan, needs: Sequence[Need], costs: CostModel, keep_spans: bool
 
 
 def _work_in(made: Simulated) -> Work:
-    seconds = {str(name): work_s for name, work_s in made.work_s.items()}
+    lanes = {lane.value: work_s for lane, work_s in made.work_s.items()}
+    seconds = {**made.link_work_s, **lanes}  # a lane with a link's name has all the link's work
     return Work(seconds, {name: float(count) for name, count in made.link_bytes.items()})
 
 
@@ -465,7 +467,7 @@ def _again(plan: Plan, costs: CostModel, step: Mapping[int, MicroBatch]) -> _Ste
     script = _Script(step)
     made = simulate(
         schedule(plan, script.steps),
-        CostModel(plan, costs.profile, costs.emulation),
+        CostModel(plan, costs.profile, costs.emulation, averaged=True),
         slowdown=costs.profile.slowdown,
         hop_s=costs.profile.overhead("hop"),
         on_commit=script.commit,

@@ -123,7 +123,7 @@ def read_profile(path: Path) -> Profile:
     except OSError as error:
         raise PolicyError(f"cannot read the hardware file {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PolicyError(f"{path} is not a YAML file: {error}") from error
+        raise PolicyError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
     try:
         return parse_profile(content)
     except FlexpipeError as error:
@@ -168,9 +168,9 @@ def parse_profile(content: Any) -> Profile:
         load=_map("load", values.get("load") or {}, parse_items),
         details={
             str(name): _curve(f"details.{name}", item, parse_rate, parse_bytes)
-            for name, item in (values.get("details") or {}).items()
+            for name, item in _known(values.get("details") or {}, "details").items()
         },
-        threads=int(values.get("threads", 1)),
+        threads=_count_of("threads", values.get("threads", 1)),
         quick=bool(values.get("quick", False)),
         machine=str(values.get("machine", "")),
         mount=str(values.get("mount", "")),
@@ -238,6 +238,12 @@ def _map(where: str, content: Any, read: Callable[[str], float]) -> dict[str, fl
         str(key): _item(read, f"{where}.{key}", item)
         for key, item in _known(content, where).items()
     }
+
+
+def _count_of(where: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise PolicyError(f"{where} must be a whole number from 1, got {value!r}")
+    return value
 
 
 def _slowdown(content: Any) -> dict[tuple[str, str], float]:

@@ -30,13 +30,16 @@ from flexpipe.plan.tier import Tier
 from flexpipe.policy.estimate import Demand
 from flexpipe.policy.predict import QUICK, Prediction, predict
 from flexpipe.policy.shares import (
+    KINDS,
     Machine,
     MakePlan,
     SharesProgramme,
     Solution,
+    Travels,
     all_on,
     home_bytes,
     realize,
+    tidy,
 )
 from flexpipe.units import GIB
 
@@ -50,6 +53,7 @@ _OPTIMISM = 1.05  # an estimate may be this much too high and yet belong to the 
 _FILL_STEPS = 5
 _ALIKE = 0.98  # times closer than this are the same
 _COMPRESSIONS = ("none", "8", "4")
+TRAVELS: tuple[Travels, ...] = ((False, False), (False, True), (True, False), (True, True))
 
 log = logging.getLogger("flexpipe")
 
@@ -169,7 +173,8 @@ class _Search:
         self._machine = machine
         self._limits = limits
         self._demand = Demand.of(needs)
-        self._fixed = {name: given[name] for name in ("weights", "kv_cache") if name in given}
+        self._fixed = {name: given[name] for name in KINDS if name in given}
+        self._programmes: dict[object, SharesProgramme] = {}
         self._scored: dict[Policy, Scored | None] = {}
         self._refused: list[tuple[Scored, str]] = []
         self._num_choices = 0
@@ -252,24 +257,32 @@ class _Search:
 
     def _solved(self, knobs: Mapping[str, Any], fixed: Mapping[str, Shares]) -> Iterator[_Choice]:
         """With weights, and KV cache, all at home beside the device or travelling."""
-        programme = SharesProgramme(self._planner, self._machine, self._demand, knobs, fixed)
-        device = all_on(self._machine.device_tier)
-        for weights_travel, kv_travels in product((False, True), (False, True)):
-            pairs = (("weights", weights_travel), ("kv_cache", kv_travels))
+        programme = self._programme(knobs)
+        device = all_on(self._device)
+        for travels in TRAVELS:
+            pairs = zip(KINDS, travels, strict=True)
             if any(kind in fixed and (fixed[kind] != device) != moves for kind, moves in pairs):
                 continue
-            if knobs["cpu_attention"] and not kv_travels:
+            if knobs["cpu_attention"] and "cpu_attention" not in self._given and not travels[1]:
                 continue  # the same as without
             try:
-                solution = programme.solve(weights_travel=weights_travel, kv_travels=kv_travels)
+                solution = programme.solve(fixed, travels=travels)
             except PolicyError:  # no whole tensor meets a given share, or the profile lacks a rate
                 if self._is_given:
                     raise
                 continue
             if solution is not None:
                 yield _Choice(knobs, solution)
-                if not weights_travel and not kv_travels:
+                if not any(travels):
                     return  # nothing that moves is faster than what rests
+
+    def _programme(self, knobs: Mapping[str, Any]) -> SharesProgramme:
+        """That of these knobs, whose shares do not count; each is made once."""
+        key = frozenset((name, value) for name, value in knobs.items() if name not in KINDS)
+        if key not in self._programmes:
+            how = self._planner, self._machine, self._demand, knobs
+            self._programmes[key] = SharesProgramme(*how)
+        return self._programmes[key]
 
     # plans and their predictions
 
@@ -288,7 +301,14 @@ class _Search:
     def _play(self, choice: _Choice) -> Scored | None:
         tiers = self._machine.tiers
         plan = realize(self._planner, choice.knobs, choice.solution, tiers)
-        return None if plan is None else self._score(plan)
+        return None if plan is None else self._score(self._plain(plan))
+
+    def _plain(self, plan: Plan) -> Plan:
+        """The plan without attention on the CPU where no row would attend there."""
+        idle = plan.policy.cpu_attention and not plan.attends_on_cpu
+        if not idle or "cpu_attention" in self._given:
+            return plan
+        return self._planner(replace(plan.policy, cpu_attention=False))
 
     def _score(self, plan: Plan, what: str = "") -> Scored | None:
         """What a plan comes to; None if it breaks a limit."""
@@ -432,11 +452,11 @@ class _Search:
         whole = whole or float(sum(plan.placement.achieved_bytes.values()))
         part = min(weights.of(source), free / whole)
         while part > 2e-3:
-            values = {tier.value: weights.of(tier) for tier in Tier}
-            values[source.value] = max(0.0, values[source.value] - part)
-            values[device.value] = min(1.0, values[device.value] + part)
+            values = {tier: weights.of(tier) for tier in Tier}
+            values[source] -= part
+            values[device] += part
             try:
-                fuller = self._planner(replace(plan.policy, weights=Shares(**values)))
+                fuller = self._planner(replace(plan.policy, weights=tidy(values)))
             except PolicyError:
                 return None
             if not fuller.shortfalls():
@@ -495,11 +515,11 @@ class _Search:
         return self._estimate_s / after if self._estimate_s and after else 1.0
 
     def _quickest(self, make: MakePlan, machine: Machine, knobs: Mapping[str, Any]) -> float | None:
-        programme = SharesProgramme(make, machine, self._demand, knobs, self._fixed)
+        programme = SharesProgramme(make, machine, self._demand, knobs)
         seconds = []
-        for weights_travel, kv_travels in product((False, True), (False, True)):
+        for travels in TRAVELS:
             try:
-                solution = programme.solve(weights_travel=weights_travel, kv_travels=kv_travels)
+                solution = programme.solve(self._fixed, travels=travels)
             except PolicyError:
                 continue
             if solution is not None:
@@ -509,7 +529,7 @@ class _Search:
 
 def _without_shares(policy: Policy) -> dict[str, Any]:
     names = Policy.__dataclass_fields__
-    return {n: getattr(policy, n) for n in names if n not in ("weights", "kv_cache")}
+    return {name: getattr(policy, name) for name in names if name not in KINDS}
 
 
 def _with_budget(make: MakePlan, tier: Tier, more: int) -> MakePlan:

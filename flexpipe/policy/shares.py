@@ -9,11 +9,12 @@ one kind of step; solved by HiGHS through SciPy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import linprog
 
 from flexpipe.errors import PolicyError
@@ -25,10 +26,15 @@ from flexpipe.policy.cost import CostModel
 from flexpipe.policy.estimate import Demand, Phase, Work, phases_of, work_of
 from flexpipe.policy.profile import Profile
 
+KINDS = ("weights", "kv_cache")
 _PREFER = 1e-6  # of the time: between shares that cost the same, the fastest tiers are filled
+_SCALE = 2.0**30  # bytes are told to the solver in GiB
 
 MakePlan = Callable[[Policy], Plan]
 Bytes = Mapping[Tier, float]
+FloatArray: TypeAlias = NDArray[np.float64]
+# whether any weights, and any KV cache, may rest away from the device
+Travels: TypeAlias = tuple[bool, bool]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,123 +68,122 @@ class _Pure:
     works: tuple[Work, ...]
 
 
-class SharesProgramme:
-    """The programme of one choice of everything but the shares.
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """A variable: how much of one kind rests on a tier, what bounds it, what all of it comes to."""
 
-    `knobs` is a policy without shares of weights and KV cache but for those that are `fixed`.
-    """
+    kind: str
+    tier: Tier
+    low: float
+    high: float
+    pure: _Pure
+
+    def num_bytes(self, tier: Tier) -> float:
+        """What all of it takes on `tier`."""
+        return home_bytes(self.pure.plan, tier)[KINDS.index(self.kind)]
+
+
+class SharesProgramme:
+    """The programme of one choice of everything but the shares of weights and KV cache."""
 
     def __init__(
-        self,
-        make: MakePlan,
-        machine: Machine,
-        demand: Demand,
-        knobs: Mapping[str, Any],
-        fixed: Mapping[str, Shares],
+        self, make: MakePlan, machine: Machine, demand: Demand, knobs: Mapping[str, Any]
     ) -> None:
         self._make = make
         self._machine = machine
         self._demand = demand
-        self._knobs = knobs
-        self._fixed = fixed
+        self._knobs = {name: value for name, value in knobs.items() if name not in KINDS}
         self._pures: dict[tuple[Tier, Tier], _Pure] = {}
         self._phases: tuple[Phase, ...] = ()
 
-    def solve(self, *, weights_travel: bool, kv_travels: bool) -> Solution | None:
-        """The best shares; None where nothing fits."""
-        machine, tiers = self._machine, self._machine.tiers
-        kinds = (weights_travel, kv_travels)
-        if any(travels and len(tiers) == 1 for travels in kinds):
-            return None
-        budgets = self._fixed_bytes(*kinds)
-        num = len(tiers)
-        device = machine.device_tier
-        works = [self._pure(tier, device).works for tier in tiers]
-        kv_works = [self._pure(device, tier).works for tier in tiers]
-        base = self._pure(device, device).works
-        rows, limits = self._memory_rows(budgets)
-        for index in range(len(self._phases)):
-            names = sorted({name for one in (*works, *kv_works) for name in one[index].seconds})
-            for name in names:
-                zero = base[index].seconds.get(name, 0.0)
-                row = np.zeros(2 * num + len(self._phases))
-                row[:num] = [one[index].seconds.get(name, 0.0) - zero for one in works]
-                row[num : 2 * num] = [one[index].seconds.get(name, 0.0) - zero for one in kv_works]
-                row[2 * num + index] = -1.0
-                rows.append(row)
-                limits.append(-zero)
-        return self._solved(rows, limits, kinds)
+    def solve(self, fixed: Mapping[str, Shares], *, travels: Travels) -> Solution | None:
+        """The best shares with what is `fixed` as it is; None where nothing fits.
 
-    def _solved(
-        self, rows: Sequence[Any], limits: Sequence[float], travels: tuple[bool, bool]
-    ) -> Solution | None:
-        num, count = len(self._machine.tiers), len(self._phases)
-        slow = np.linspace(0.0, _PREFER, num)
-        goal = np.concatenate([slow, slow, [phase.num_steps for phase in self._phases]])
-        equal = np.zeros((2, 2 * num + count))
-        equal[0, :num] = equal[1, num : 2 * num] = 1.0
-        bounds = [*self._bounds("weights", travels[0]), *self._bounds("kv_cache", travels[1])]
-        bounds += [(0.0, None)] * count
+        `travels` says of weights, and of KV cache, whether any may rest away from the device.
+        """
+        if any(travels) and len(self._machine.tiers) == 1:
+            return None
+        shares = [
+            share
+            for kind, moves in zip(KINDS, travels, strict=True)
+            for share in self._variables(kind, fixed.get(kind), moves)
+        ]
+        room = self._room(shares)
+        if all(share.low == share.high for share in shares):
+            values = np.array([share.low for share in shares])
+            return self._solution(shares, values) if _fits(shares, values, room) else None
+        return self._solved(shares, room)
+
+    def _variables(self, kind: str, fixed: Shares | None, moves: bool) -> Iterator[_Share]:
+        device, *slower = self._machine.tiers
+        if fixed is None:
+            fixed = None if moves else all_on(device)
+        for tier in (device, *slower):
+            low, high = (0.0, 1.0) if fixed is None else (fixed.of(tier),) * 2
+            if high:
+                where = (tier, device) if kind == "weights" else (device, tier)
+                yield _Share(kind, tier, low, high, self._pure(*where))
+
+    def _room(self, shares: Sequence[_Share]) -> dict[Tier, float]:
+        """Budgets less pools, slots and staging, which do not depend on the shares: they are as
+        large as when all of a kind rests on the slowest tier it may."""
+        slowest = {share.kind: share.tier for share in shares}
+        plan = self._pure(slowest["weights"], slowest["kv_cache"]).plan
+        return {
+            tier: plan.budgets.of(tier) - (plan.tier_bytes(tier) - sum(home_bytes(plan, tier)))
+            for tier in self._machine.tiers
+        }
+
+    def _solved(self, shares: Sequence[_Share], room: Bytes) -> Solution | None:
+        num, count = len(shares), len(self._phases)
+        held = np.array([[share.num_bytes(tier) for share in shares] for tier in room])
+        rows = [np.hstack([held / _SCALE, np.zeros((len(room), count))])]
+        limits = [np.array(list(room.values())) / _SCALE]
+        for index in range(count):
+            slopes, least = self._work(shares, index)
+            took = np.zeros((len(least), count))
+            took[:, index] = -1.0
+            rows.append(np.hstack([slopes, took]))
+            limits.append(-least)
+        slower = np.linspace(0.0, _PREFER, len(Tier))
+        equal = np.zeros((2, num + count))
+        for at, share in enumerate(shares):
+            equal[KINDS.index(share.kind), at] = 1.0
         found = linprog(
-            goal,
-            A_ub=np.array(rows),
-            b_ub=np.array(limits),
+            [
+                *(slower[list(Tier).index(share.tier)] for share in shares),
+                *(phase.num_steps for phase in self._phases),
+            ],
+            A_ub=np.vstack(rows),
+            b_ub=np.concatenate(limits),
             A_eq=equal,
             b_eq=np.ones(2),
-            bounds=bounds,
+            bounds=[*((share.low, share.high) for share in shares), *[(0.0, None)] * count],
             method="highs",
         )
-        if not found.success:
-            return None
-        values = found.x
-        seconds = sum(
-            phase.num_steps * seconds
-            for phase, seconds in zip(self._phases, values[2 * num :], strict=True)
-        )
-        return Solution(
-            weights=self._shares(values[:num]),
-            kv_cache=self._shares(values[num : 2 * num]),
-            seconds=float(seconds),
-        )
+        return self._solution(shares, found.x[:num]) if found.success else None
 
-    def _bounds(self, kind: str, travels: bool) -> list[tuple[float, float | None]]:
-        tiers = self._machine.tiers
-        if kind in self._fixed:
-            return [(self._fixed[kind].of(tier),) * 2 for tier in tiers]
-        if not travels:
-            return [(float(index == 0),) * 2 for index in range(len(tiers))]
-        return [(0.0, 1.0)] * len(tiers)
+    def _solution(self, shares: Sequence[_Share], values: FloatArray) -> Solution:
+        seconds = 0.0
+        for index, phase in enumerate(self._phases):
+            slopes, least = self._work(shares, index)
+            seconds += phase.num_steps * float((slopes @ values + least).max())
+        kinds = {
+            kind: tidy({s.tier: v for s, v in zip(shares, values, strict=True) if s.kind == kind})
+            for kind in KINDS
+        }
+        return Solution(**kinds, seconds=seconds)
 
-    def _shares(self, values: Sequence[float]) -> Shares:
-        clean = [min(1.0, max(0.0, round(float(value), 6))) for value in values]
-        clean[-1] = max(0.0, 1.0 - sum(clean[:-1])) if len(clean) > 1 else 1.0
-        names = [tier.value for tier in self._machine.tiers]
-        return Shares(**dict(zip(names, clean, strict=True)))
-
-    def _memory_rows(self, left: Bytes) -> tuple[list[Any], list[float]]:
-        """What rests on each tier, and what is left for it there."""
-        tiers, device = self._machine.tiers, self._machine.device_tier
-        num, scale = len(tiers), 2.0**30
-        rows, limits = [], []
-        for tier in tiers:
-            row = np.zeros(2 * num + len(self._phases))
-            row[:num] = [home_bytes(self._pure(one, device).plan, tier)[0] / scale for one in tiers]
-            row[num : 2 * num] = [
-                home_bytes(self._pure(device, one).plan, tier)[1] / scale for one in tiers
-            ]
-            rows.append(row)
-            limits.append(left[tier] / scale)
-        return rows, limits
-
-    def _fixed_bytes(self, weights_travel: bool, kv_travels: bool) -> dict[Tier, float]:
-        """Budgets less pools, slots and staging that do not depend on the shares."""
-        tiers = self._machine.tiers
-        plan = self._pure(tiers[-1 * weights_travel], tiers[-1 * kv_travels]).plan
-        left = {}
-        for tier in tiers:
-            fixed = plan.tier_bytes(tier) - sum(home_bytes(plan, tier))
-            left[tier] = plan.budgets.of(tier) - fixed
-        return left
+    def _work(self, shares: Sequence[_Share], index: int) -> tuple[FloatArray, FloatArray]:
+        """Of one kind of step, per lane and link: seconds that each share adds, and those with all
+        at home beside the device."""
+        device = self._machine.device_tier
+        base = self._pure(device, device).works[index].seconds
+        seconds = [share.pure.works[index].seconds for share in shares]
+        names = sorted(base.keys() | {name for one in seconds for name in one})
+        least = np.array([base.get(name, 0.0) for name in names])
+        whole = np.array([[one.get(name, 0.0) for one in seconds] for name in names])
+        return whole - least[:, None], least
 
     def _pure(self, weights: Tier, kv_cache: Tier) -> _Pure:
         key = weights, kv_cache
@@ -193,6 +198,22 @@ class SharesProgramme:
             works = tuple(work_of(costs, phase, self._demand) for phase in self._phases)
             pure = self._pures[key] = _Pure(plan, works)
         return pure
+
+
+def _fits(shares: Sequence[_Share], values: FloatArray, room: Bytes) -> bool:
+    return all(
+        sum(share.num_bytes(tier) * value for share, value in zip(shares, values, strict=True))
+        <= left
+        for tier, left in room.items()
+    )
+
+
+def tidy(values: Mapping[Tier, float]) -> Shares:
+    """Shares in millionths, as a file shows them; what they lack to 1 is the slowest tier's."""
+    clean = {tier: round(min(1.0, max(0.0, values.get(tier, 0.0))), 6) for tier in Tier}
+    last = [tier for tier in Tier if clean[tier]][-1]
+    clean[last] = round(clean[last] + 1.0 - sum(clean.values()), 6)
+    return Shares(**{tier.value: share for tier, share in clean.items()})
 
 
 def home_bytes(plan: Plan, tier: Tier) -> tuple[float, float]:
@@ -247,9 +268,7 @@ def _make_near(
 def _without_smallest(shares: Shares) -> Shares:
     smallest = min(shares.tiers, key=shares.of)
     kept = {tier: shares.of(tier) for tier in shares.tiers if tier != smallest}
-    slowest = list(kept)[-1]
-    kept[slowest] += shares.of(smallest)
-    return Shares(**{tier.value: min(1.0, share) for tier, share in kept.items()})
+    return tidy(kept)
 
 
 def _moved_down(
@@ -271,7 +290,7 @@ def _moved_down(
 
 
 def _shifted(shares: Shares, source: Tier, target: Tier, part: float) -> Shares:
-    values = {tier.value: shares.of(tier) for tier in Tier}
-    values[source.value] = max(0.0, values[source.value] - part)
-    values[target.value] = min(1.0, values[target.value] + part)
-    return Shares(**values)
+    values = {tier: shares.of(tier) for tier in Tier}
+    values[source] -= part
+    values[target] += part
+    return tidy(values)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from flexpipe.units import MIB
 
 KIB = 1024
+_WIDEST = 4  # bytes of a number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,26 @@ class Effort:
     pair_s: float
     op_steps: int
 
+    def within(self, memory_bytes: int) -> Effort:
+        """The same with nothing larger than a sixteenth of the memory, but for the least sizes."""
+        most = memory_bytes // 16
+
+        def few(sizes: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(size for size in sizes if size <= most) or sizes[:1]
+
+        held_bytes = self.held_bytes
+        while held_bytes > max(most, KIB * KIB):
+            held_bytes //= 2
+        weights = [shape for shape in self.weights if math.prod(shape) * _WIDEST <= most]
+        return replace(
+            self,
+            weights=tuple(weights) if len(weights) > 1 else self.weights[:2],
+            decode=few(self.decode),
+            copies=few(self.copies),
+            transfers=few(self.transfers),
+            held_bytes=held_bytes,
+        )
+
 
 FULL = Effort(
     quick=False,
@@ -63,19 +85,19 @@ FULL = Effort(
 QUICK = Effort(
     quick=True,
     rounds=2,
-    window_s=0.015,
+    window_s=0.01,
     weights=((512, 512), (1024, 1536), (4096, 4096)),
     rows=(1, 8, 64, 256, 1024),
     most_flops=1e10,
     prefill=(64, 256, 1024),
     decode=(256 * KIB, 16 * MIB, 128 * MIB),
     compressed_tokens=(1024,),
-    norm=(1, 128, 4096),
+    norm=(1, 128, 1024),
     copies=(64 * KIB, MIB, 16 * MIB, 128 * MIB),
     transfers=(64 * KIB, MIB, 16 * MIB, 128 * MIB),
-    file_bytes=1024 * MIB,
+    file_bytes=512 * MIB,
     held_bytes=128 * MIB,
     pair_windows=3,
-    pair_s=0.06,
-    op_steps=30,
+    pair_s=0.04,
+    op_steps=20,
 )

@@ -53,12 +53,12 @@ def copy_tasks(device: Device, effort: Effort, *, pin: bool = True) -> Generator
 class DiskTasks:
     """The tasks of one file, which lies in `directory` until this is closed."""
 
-    def __init__(self, directory: Path, file_bytes: int) -> None:
+    def __init__(self, directory: Path, effort: Effort) -> None:
         room = free_disk(directory) // _SPARED
-        self.num_bytes = max(CHUNK_BYTES, min(file_bytes, room) // CHUNK_BYTES * CHUNK_BYTES)
+        self.num_bytes = max(CHUNK_BYTES, min(effort.file_bytes, room) // CHUNK_BYTES * CHUNK_BYTES)
         self.path = directory / "measure.bin"
         self._file = DiskFile(self.path, "rw")
-        self._buffer = aligned_buffer(max(CHUNK_BYTES, min(128 * MIB, self.num_bytes)))
+        self._buffer = aligned_buffer(max(CHUNK_BYTES * IN_FLIGHT[-1], effort.transfers[-1]))
         self._buffer[:] = np.resize(
             np.random.default_rng(0).integers(0, 256, MIB + 1, np.uint8), self._buffer.shape
         )  # a disk may be quick to store what repeats

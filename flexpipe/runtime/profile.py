@@ -25,13 +25,14 @@ import torch
 
 from flexpipe.memory.offload import OffloadDirectory
 from flexpipe.model.matmul import packs
+from flexpipe.plan.hardware import free_memory
 from flexpipe.policy.curve import Curve, Surface
 from flexpipe.policy.profile import OVERHEADS, Profile, Rates
 from flexpipe.runtime.device import Device, open_device
 from flexpipe.runtime.effort import FULL, QUICK, Effort
 from flexpipe.runtime.measure_attention import PAIR_BYTES, AttentionTasks
 from flexpipe.runtime.measure_links import DiskTasks, copy_tasks
-from flexpipe.runtime.measure_overhead import measure_overheads
+from flexpipe.runtime.measure_overhead import op_times, overheads
 from flexpipe.runtime.measure_products import ProductTasks
 from flexpipe.runtime.measure_slowdown import slowdowns
 from flexpipe.runtime.stopwatch import Rated, Stopwatch, Task, TaskSource, rate_all
@@ -56,21 +57,24 @@ def measure_profile(
 
     An emulated accelerator has its CPU's profile. No `dtypes` means those worth computing in.
     """
-    effort = effort or (QUICK if quick else FULL)
     device = measured_device(device_name)
+    effort = (effort or (QUICK if quick else FULL)).within(free_memory())
     dtypes = dtypes or worthwhile_dtypes(device.torch_device)
     with OffloadDirectory(offload_dir) as offload:
         memory = usable_memory(device, offload.path)
         progress("what ops cost beside their work")
-        overheads = _overheads(device, offload.job, effort)
-        with contextlib.closing(DiskTasks(offload.job, effort.file_bytes)) as disk:
+        tries = [_op_times(device, offload.job, effort)]
+        with contextlib.closing(DiskTasks(offload.job, effort)) as disk:
             progress("links and the disk")
             links = _links(device, disk, effort)
-            overheads["read"] = 1 / _watch(CPU, effort).rate(disk.read_page())
+            read_s = 1 / _watch(CPU, effort).rate(disk.read_page())
+            tries.append(_op_times(device, offload.job, effort))
             rates = _compute(device.torch_device, dtypes, effort, progress)
             host = None if device.torch_device == CPU else _host(dtypes, effort, progress)
             progress("how activities disturb each other")
             slowdown = _slowdowns(device, dtypes[0], disk, effort)
+        tries.append(_op_times(device, offload.job, effort))
+    overhead_s = {**overheads(tries), "read": read_s}
     return Profile(
         name=_name(device),
         date=datetime.date.today().isoformat(),
@@ -80,7 +84,7 @@ def measure_profile(
         links=_curves(links, "links"),
         compute=_rates(rates),
         host=host,
-        overhead_s={name: overheads[name] for name in OVERHEADS},
+        overhead_s={name: overhead_s[name] for name in OVERHEADS},
         slowdown=slowdown,
         load=_flat(rates, "load"),
         details=_curves(links, "details"),
@@ -100,7 +104,7 @@ def with_dtypes(
     effort: Effort = QUICK,
 ) -> Profile:
     """The profile, completed by compute dtypes that it lacks."""
-    device = measured_device(device_name)
+    device, effort = measured_device(device_name), effort.within(free_memory())
     found = _compute(device.torch_device, dtypes, effort, progress)
     host = profile.host
     if host is not None:
@@ -162,22 +166,30 @@ def _watch(device: torch.device, effort: Effort) -> Stopwatch:
 
 def _in_thread(work: Callable[[], _T], num_threads: int | None = None) -> _T:
     """In a thread of its own, whose team of workers ends with it; all intra-op threads or some."""
+    team = num_threads or torch.get_num_threads()  # a new thread would have what was set last
 
     def run() -> _T:
-        if num_threads is not None:
-            torch.get_num_threads()  # lets torch set up this thread before it is overruled
-            torch.set_num_threads(num_threads)
+        torch.get_num_threads()  # lets torch set up this thread before it is overruled
+        torch.set_num_threads(team)
         with torch.inference_mode():
             return work()
 
-    with ThreadPoolExecutor(1, "flexpipe-measure") as thread:
+    with _threads_kept(), ThreadPoolExecutor(1, "flexpipe-measure") as thread:
         return thread.submit(run).result()
 
 
-def _overheads(device: Device, directory: Path, effort: Effort) -> dict[str, float]:
-    name = device.torch_device.type
-    tries = [measure_overheads(name, directory, effort.op_steps) for _ in range(effort.rounds)]
-    return {key: min(one[key] for one in tries) for key in tries[0]}
+@contextlib.contextmanager
+def _threads_kept() -> Iterator[None]:
+    """What one thread sets, later threads start with: undo it."""
+    num_threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _op_times(device: Device, directory: Path, effort: Effort) -> dict[str, float]:
+    return op_times(device.torch_device.type, directory, effort.op_steps)
 
 
 def _links(device: Device, disk: DiskTasks, effort: Effort) -> Rated:
@@ -229,12 +241,13 @@ def _slowdowns(
             tasks[str(task.key[1])] = task
         if device.torch_device == CPU:
             tasks["compute"] = ProductTasks(CPU, effort).pair(dtype)
-        return slowdowns(
-            tasks,
-            num_threads=torch.get_num_threads(),
-            windows=effort.pair_windows,
-            window_s=effort.pair_s,
-        )
+        with _threads_kept():
+            return slowdowns(
+                tasks,
+                num_threads=torch.get_num_threads(),
+                windows=effort.pair_windows,
+                window_s=effort.pair_s,
+            )
 
 
 def _of_size(tasks: Iterator[Task], num_bytes: int) -> Task:

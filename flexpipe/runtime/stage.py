@@ -22,6 +22,7 @@ from flexpipe.memory.disk import DiskCounter, DiskFile, DiskReader
 from flexpipe.memory.hidden import HiddenStore
 from flexpipe.memory.kv_cache import KvCache, RowRun, Where
 from flexpipe.memory.link import wait_until
+from flexpipe.memory.queries import QueryStore
 from flexpipe.memory.tier import POISON, TierMemory, torch_dtype, typed
 from flexpipe.memory.weights import LayerParts, WeightStore
 from flexpipe.model import segments
@@ -110,6 +111,7 @@ class Stage:
         self.weights = WeightStore(plan, self.memory, self._reader)
         self.kv_cache = KvCache(plan, self.memory, kv_file)
         self._hidden = HiddenStore(plan, self.memory, hidden_file)
+        self._queries = QueryStore(plan, self.memory)
         self._dtype = torch_dtype(plan.compute_dtype)
         self._take_compute_pools()
         config = plan.config
@@ -187,11 +189,10 @@ class Stage:
         self.weights.poison_all()
         self.kv_cache.poison_all()
         self._hidden.poison_all()
+        self._queries.poison_all()
         for slab in chain(
             self._embed_slots,
             self._embed_stages,
-            self._attention_slots,
-            self._query_stages,
             self._head_inputs,
             self._logits,
             *self._fetched,
@@ -215,7 +216,7 @@ class Stage:
             self._hidden.poison(slot=op.hidden_slot, read_stage=filled)
         elif kind == Kind.COMPUTE and op.segment == Segment.QKV:
             assert op.attention_slot is not None
-            self._attention_slots[op.attention_slot].fill_(POISON)
+            self._queries.poison(slot=op.attention_slot)
         elif self._device.has_streams:
             return  # a stream fills host memory later than this is called
         elif kind == Kind.STORE_CACHE:
@@ -223,8 +224,7 @@ class Stage:
         elif kind == Kind.STORE_HIDDEN:
             self._hidden.poison(write_stage=stage)
         elif kind == Kind.MOVE_QUERY:
-            assert stage is not None
-            self._query_stages[stage].fill_(POISON)
+            self._queries.poison(stage=stage)
 
     # moves
 
@@ -322,9 +322,8 @@ class Stage:
 
     def _move_query(self, op: Op) -> None:
         start = time.perf_counter()
-        source, target = self._leaving(op), self._staged(op)
-        self._device.copy(target, source)
-        self._device.d2h.deliver(source.nbytes, start)
+        num_bytes = self._queries.move_queries(*self._query_places(op), self._device.copy)
+        self._device.d2h.deliver(num_bytes, start)
 
     def _attend_cpu(self, op: Op) -> None:
         """Append and attend where the rows' cache is; the outputs take the queries' place."""
@@ -339,44 +338,21 @@ class Stage:
                 kv_codec=self.plan.policy.cache_codec,
             )
         kvs = self.kv_cache.views(layout.cpu_runs, self._rows(op), decoder, None)
-        q_RND, kv_R2KD = self._parted(self._staged(op), layout.num_cpu_rows)
+        assert op.stage_slot is not None
+        q_RND, kv_R2KD = self._queries.staged(op.stage_slot, layout.num_cpu_rows)
         segments.append_kv(kv_R2KD, layout.cpu_batch, kvs, self._cpu_workspace)
         segments.attend(q_RND, layout.cpu_batch, kvs, config, decoder, self._cpu_workspace)
 
     def _move_output(self, op: Op) -> None:
         start = time.perf_counter()
-        rows = self._layout(op).num_cpu_rows
-        source, _ = self._parted(self._staged(op), rows)
-        target, _ = self._parted(self._leaving(op), rows)
-        self._device.copy(target, source)
-        self._device.h2d.deliver(source.nbytes, start)
+        num_bytes = self._queries.move_outputs(*self._query_places(op), self._device.copy)
+        self._device.h2d.deliver(num_bytes, start)
 
-    def _both(self, op: Op) -> Tensor:
-        """Queries, keys and values of a micro-batch between a layer's segments, [T, N + 2 K, D]."""
-        assert op.attention_slot is not None
-        config, slab = self.plan.config, self._attention_slots[op.attention_slot]
-        heads = config.num_heads + 2 * config.num_kv_heads
-        return typed(slab, self._dtype, (self._rows(op).num_new, heads, config.head_dim))
-
-    def _leaving(self, op: Op) -> Tensor:
-        """Behind them, those of the rows that attend on the CPU once more, in one piece."""
-        assert op.attention_slot is not None
-        start = self._rows(op).num_new * self.plan.query_bytes
-        num_bytes = self._layout(op).num_cpu_rows * self.plan.query_bytes
-        return self._attention_slots[op.attention_slot][start : start + num_bytes]
-
-    def _staged(self, op: Op) -> Tensor:
-        assert op.stage_slot is not None
-        num_bytes = self._layout(op).num_cpu_rows * self.plan.query_bytes
-        return self._query_stages[op.stage_slot][:num_bytes]
-
-    def _parted(self, slab: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-        """Queries [R, N, D], then keys and values [R, 2, K, D]."""
-        config = self.plan.config
-        q_shape = (rows, config.num_heads, config.head_dim)
-        kv_shape = (rows, 2, config.num_kv_heads, config.head_dim)
-        q_bytes = rows * config.num_heads * config.head_dim * self._dtype.itemsize
-        return typed(slab, self._dtype, q_shape), typed(slab, self._dtype, kv_shape, q_bytes)
+    def _query_places(self, op: Op) -> tuple[int, int, int, int]:
+        """Slot and stage, new tokens, rows that attend on the CPU."""
+        assert op.attention_slot is not None and op.stage_slot is not None
+        num_tokens, num_rows = self._rows(op).num_new, self._layout(op).num_cpu_rows
+        return op.attention_slot, op.stage_slot, num_tokens, num_rows
 
     # compute
 
@@ -442,9 +418,11 @@ class Stage:
         """A decoder layer up to attention, attention itself, or the rest of the layer."""
         batch, weights, config = layout.batch, parts.weights, self.plan.config
         assert batch is not None and isinstance(weights, segments.LayerWeights)
-        decoder, both, rows = self._decoder(op), self._both(op), layout.num_cpu_rows
+        decoder, rows, num_tokens = self._decoder(op), layout.num_cpu_rows, self._rows(op).num_new
+        assert op.attention_slot is not None
+        both = self._queries.view(op.attention_slot, num_tokens)
         q_TND = both[:, : config.num_heads]
-        leaving = self._parted(self._leaving(op), rows)
+        leaving = self._queries.leaving(op.attention_slot, num_tokens, rows)
         if op.segment == Segment.OUT:
             q_TND[-rows:].copy_(leaving[0])
             segments.out(q_TND.flatten(1), hidden_TH, weights, config, self._workspace)
@@ -620,8 +598,6 @@ class Stage:
         self._embed_stages = slots("embedding staging", Tier.CPU)
         none = torch.empty(0, dtype=torch.uint8)
         self._cpu_workspace = Workspace((slots("attention workspace", Tier.CPU) or [none])[0])
-        self._attention_slots = slots("attention slots", device)
-        self._query_stages = slots("query staging", Tier.CPU)
         pin = self._device.has_streams
         self._fetched = [
             (

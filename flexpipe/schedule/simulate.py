@@ -52,14 +52,15 @@ class SimulatedSpan:
 
 @dataclass(slots=True)
 class Simulated:
-    """What a schedule came to. `work_s` is what each lane's ops, and each link's, would take alone:
-    no schedule is faster than the largest of them."""
+    """What a schedule came to. `work_s` is what each lane's ops would take alone, `link_work_s`
+    what each link's: no schedule is faster than the largest of them."""
 
     seconds: float = 0.0
-    work_s: dict[Lane | str, float] = field(default_factory=lambda: defaultdict(float))
+    work_s: dict[Lane, float] = field(default_factory=lambda: defaultdict(float))
     num_ops: dict[Lane, int] = field(default_factory=lambda: defaultdict(int))
     busy_s: dict[Lane, float] = field(default_factory=lambda: defaultdict(float))
     link_bytes: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    link_work_s: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     link_busy_s: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     spans: list[SimulatedSpan] = field(default_factory=list)
 
@@ -221,7 +222,7 @@ class _Simulation:
         if cost.link:
             made.link_bytes[cost.link] += cost.num_bytes
             made.link_busy_s[cost.link] += took_s
-            made.work_s[cost.link] += cost.seconds
+            made.link_work_s[cost.link] += cost.seconds
         if self._keep_spans:
             made.spans.append(SimulatedSpan(op, one.start_s, self._now_s))
         if op.kind == Kind.COMMIT:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from flexpipe.policy.profile import (
     render_profile,
 )
 from flexpipe.runtime import profile_cache
-from flexpipe.runtime.effort import QUICK
+from flexpipe.runtime.effort import FULL, QUICK, Effort
+from flexpipe.runtime.measure_products import ProductTasks
 from flexpipe.runtime.measure_slowdown import slowdowns
 from flexpipe.runtime.profile import machine_id, measure_profile, with_dtypes
 from flexpipe.runtime.profile_cache import (
@@ -34,7 +36,7 @@ from flexpipe.runtime.profile_cache import (
     profile_path,
     write_profile,
 )
-from flexpipe.runtime.stopwatch import Stopwatch, Task, rate_all
+from flexpipe.runtime.stopwatch import Rated, Stopwatch, Task, TaskSource, rate_all
 from flexpipe.units import MIB
 
 KIB = 1024
@@ -79,6 +81,47 @@ def test_a_real_measurement_has_all_that_a_prediction_reads(tmp_path: Path) -> N
     assert (made.device, made.machine, made.quick) == ("cpu", machine_id(), True)
     assert_same(parse_profile_text(render_profile(made)), made)
     assert [path.name for path in tmp_path.rglob("*.bin")] == []
+
+
+def test_what_computes_is_measured_with_all_threads_and_what_moves_with_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+
+    def watched(sources: Sequence[TaskSource], watch: Stopwatch, rounds: int) -> Rated:
+        threads.append(torch.get_num_threads())
+        return rate_all(sources, watch, rounds)
+
+    monkeypatch.setattr("flexpipe.runtime.profile.rate_all", watched)
+    measure_profile("cpu", tmp_path, ("float32",), quick=True, effort=TINY)
+    *moves, computes = threads
+    assert set(moves) == {1}
+    assert computes == torch.get_num_threads() > 1
+
+
+@pytest.mark.parametrize("effort", [QUICK, FULL])
+def test_a_machine_of_little_memory_is_measured_at_smaller_sizes(effort: Effort) -> None:
+    less = effort.within(512 * MIB)
+    assert max(*less.decode, *less.copies, *less.transfers) <= less.held_bytes == 32 * MIB
+    assert effort.weights[:2] == less.weights
+    assert effort.within(2**40) == effort
+
+
+def test_computing_is_measured_with_all_threads_whatever_was_measured_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def count(turn: int) -> None:
+        seen.append(torch.get_num_threads())
+
+    key = ("matmul", "float32", 64.0, 1.0)
+    source = lambda: iter([Task(key=key, amount=1.0, work=count)])  # noqa: E731
+    monkeypatch.setattr(ProductTasks, "sources", lambda self, dtype: [source])
+    measure_profile("cpu", tmp_path, ("float32",), quick=True, effort=TINY)
+    with ThreadPoolExecutor(1) as thread:
+        after = thread.submit(torch.get_num_threads).result()
+    assert {*seen, after} == {torch.get_num_threads()} != {1}
 
 
 def test_a_further_dtype_joins_what_was_measured() -> None:
