@@ -17,8 +17,8 @@ from typing import Generic, TypeVar
 
 import psutil
 
-QUIET_CORES = 1.2  # that others may keep busy (changed by the lead at 17:52: time is short; one busy core is tolerated, others are pinned to core 3)
-_WINDOW_S, _PATIENCE_S = 0.5, 3.0
+QUIET_CORES = 0.15  # that others may keep busy
+_WINDOW_S, _PATIENCE_S = 1.0, 20.0
 T = TypeVar("T")
 
 
@@ -34,7 +34,7 @@ class Taken(Generic[T]):
         return self.others <= QUIET_CORES
 
 
-def quietly(measure: Callable[[], T], *, count: int = 1, tries: int = 1) -> list[Taken[T]]:
+def quietly(measure: Callable[[], T], *, count: int = 1, tries: int = 3) -> list[Taken[T]]:
     """`count` measurements that nobody disturbed, of at most `tries` times as many; else the least
     disturbed ones. In the order in which they were taken."""
     taken: list[Taken[T]] = []
