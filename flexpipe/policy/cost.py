@@ -311,14 +311,17 @@ class CostModel:
         seconds += self._products_s(op.layer, part, tokens)
         numbers = 0.0
         if layer.has_kv_cache and part in (None, Segment.QKV):
-            turned = _ROPE * (heads + kv_heads) if config.rope else 0.0
-            numbers += config.hidden_size + config.head_dim * (turned + _APPEND * 2 * kv_heads)
+            numbers += config.hidden_size + config.head_dim * _APPEND * 2 * kv_heads
+            turned = (heads + kv_heads) * config.head_dim if config.rope else 0
+            seconds += self._numbers_s(self.profile.compute.rotary, turned * tokens, _ROPE)
             seconds += self._append_s(self.profile.compute, tokens - shape.num_on_cpu)
         if layer.has_kv_cache and part in (None, Segment.ATTEND):
             here = shape.here[self._window(op)]
             seconds += self._attention_s(self.profile.compute, here)
         if layer.kind != LayerKind.ATTENTION and part in (None, Segment.OUT):
-            numbers += config.hidden_size + (_GATE if config.gated_mlp else 0.0) * config.ffn_size
+            numbers += config.hidden_size
+            gated = config.ffn_size if config.gated_mlp else 0
+            seconds += self._numbers_s(self.profile.compute.gating, gated * tokens, _GATE)
         return seconds + self._passes_s(numbers * tokens)
 
     def _decoder_flops(self, op: Op, layer: LayerPlan, shape: Shape) -> float:
@@ -353,6 +356,11 @@ class CostModel:
         """Norms and the like over so many numbers."""
         curve = self._curve(self.profile.compute.elementwise, "elementwise")
         return curve.seconds(numbers)
+
+    def _numbers_s(self, curves: Mapping[str, Curve], numbers: float, as_norm: float) -> float:
+        """Of a pass of its own kind; as so much of a norm where nothing is known of it."""
+        curve = curves.get(self._dtype)
+        return curve.seconds(numbers) if curve else self._passes_s(as_norm * numbers)
 
     def _append_s(self, rates: Rates, tokens: int) -> float:
         """Compressing new keys and values."""

@@ -264,6 +264,8 @@ def _rates(found: Rated) -> Rates:
         "prefill_attention": _curves,
         "decode_attention": _curves,
         "elementwise": _curves,
+        "rotary": _curves,
+        "gating": _curves,
     }
     return Rates(
         **{item.name: forms.get(item.name, _flat)(found, item.name) for item in fields(Rates)}
