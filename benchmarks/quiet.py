@@ -17,8 +17,8 @@ from typing import Generic, TypeVar
 
 import psutil
 
-QUIET_CORES = 0.2  # that others may keep busy
-_WINDOW_S, _PATIENCE_S = 0.5, 3.0
+QUIET_CORES = 0.15  # that others may keep busy
+_WINDOW_S, _PATIENCE_S = 1.0, 20.0
 T = TypeVar("T")
 
 

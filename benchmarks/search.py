@@ -41,7 +41,7 @@ from flexpipe.job.sweep import BenchCommand, run_sweep
 
 ROUNDS = 3
 FINALISTS = 5
-TRIES = 1
+TRIES = 3
 AIM = 0.93  # of the best policy's throughput
 PROFILE_VARIABLE = "FLEXPIPE_PROFILE"
 
