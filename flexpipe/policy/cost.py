@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 from flexpipe.errors import PolicyError
 from flexpipe.model.cost import (
@@ -84,6 +85,7 @@ class Shape:
     write_bytes: int
     write_extents: int
     disk_rows: int  # whose new tokens go to disk, or wait for their page to fill
+    num_groups: int = 1  # of rows beside each other that attend here in one call
 
 
 class CostModel:
@@ -318,6 +320,7 @@ class CostModel:
         if layer.has_kv_cache and part in (None, Segment.ATTEND):
             here = shape.here[self._window(op)]
             seconds += self._attention_s(self.profile.compute, here)
+            seconds += max(0, shape.num_groups - 1) * self.profile.overhead("group")
         if layer.kind != LayerKind.ATTENTION and part in (None, Segment.OUT):
             numbers += config.hidden_size
             gated = config.ffn_size if config.gated_mlp else 0
@@ -506,7 +509,27 @@ def _shape(
         write_bytes=write[0],
         write_extents=write[1],
         disk_rows=len(disk),
+        num_groups=_num_groups(here, plan, mb),
     )
+
+
+def _num_groups(rows: list[Row], plan: Plan, mb: MicroBatchPlan) -> int:
+    """Calls that these rows attend in: neighbours at home, or in a slot, that do the same."""
+    at_home = [place for place, home in enumerate(mb.kv_homes) if home == plan.device_tier]
+    in_slot = [place for place, home in enumerate(mb.kv_homes) if home != plan.device_tier]
+    return sum(_num_runs(rows, places) for places in (at_home, in_slot))
+
+
+def _num_runs(rows: list[Row], places: list[int]) -> int:
+    ranks = {place: rank for rank, place in enumerate(places)}
+    there = [row for row in rows if row.place in ranks]
+    keys = ((ranks[row.place] - index, _doing(row)) for index, row in enumerate(there))
+    return sum(1 for _ in groupby(keys))
+
+
+def _doing(row: Row) -> tuple[int, int] | None:
+    """Rows that decode attend together whatever is behind them, others only if equal."""
+    return None if row.num_new == 1 else (row.num_context, row.num_new)
 
 
 def _attention(rows: list[Row], window: int | None) -> tuple[Attention, ...]:

@@ -36,6 +36,7 @@ LINKS = ("h2d", "d2h", "disk_read", "disk_write")
 ACTIVITIES = ("compute", "attend", "copy", "disk_read", "disk_write")
 OVERHEADS = (
     "layer",  # a decoder layer's compute op, beside its work
+    "group",  # in one, each further group of rows that attend together
     "other",  # any other compute op, and sampling
     "move",  # a move over a host link
     "copy",  # each further piece of one
