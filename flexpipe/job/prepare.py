@@ -71,6 +71,8 @@ class Model:
             revision=spec.revision,
         )
         config = read_config(checkpoint.config)
+        if spec.made_for is not None:
+            spec.made_for.check(spec.model, config)
         tokenizer = Tokenizer.open(
             checkpoint.directory,
             config.vocab_size,
