@@ -15,6 +15,8 @@ from flexpipe.policy.predict import predict
 def forecaster(spec: JobSpec) -> Forecast:
     """Predicts points of the sweep `spec` on this machine."""
     shape = Shape.open(spec.model, spec.revision)
+    if spec.made_for is not None:
+        spec.made_for.check(shape.name, shape.config)
     offload_dir = (spec.offload_dir or DEFAULT_OFFLOAD_DIR).expanduser()
 
     def forecast(knobs: Mapping[str, Any], workload: Workload) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ from flexpipe.errors import PlanError
 from flexpipe.job.outlook import Outlook
 from flexpipe.job.table import plain_table
 from flexpipe.plan.plan import Plan
-from flexpipe.plan.policy_file import render_policy
+from flexpipe.plan.policy_file import MadeFor, render_policy
 from flexpipe.plan.spelling import as_options, difference
 from flexpipe.plan.tier import Tier
 from flexpipe.policy.predict import Prediction, predict
@@ -79,7 +79,7 @@ class Proposal:
             f"Predicted: {made.generated_tokens_per_s:.4g} tokens/s, {format_seconds(made.total_s)}"
             f" in all; {made.bottleneck} is the bottleneck.",
         )
-        return render_policy(self.plan.policy, opening)
+        return render_policy(self.plan.policy, MadeFor.of(self.model, self.plan.config), opening)
 
     def render(self) -> str:
         """For people, the plan first; every figure is predicted."""

@@ -46,8 +46,12 @@ class BenchCommand:
 
     def __call__(self, point: Point) -> Ended:
         # the knobs go in as a policy file, exactly as they are: JSON is YAML
-        knobs = json.dumps(point.asked["knobs"])
-        return run_flexpipe(self.arguments(point), stdin=knobs, timeout_s=self.timeout_s)
+        policy = dict(point.asked["knobs"])
+        if self.spec.made_for is not None:
+            policy["made_for"] = asdict(self.spec.made_for)
+        return run_flexpipe(
+            self.arguments(point), stdin=json.dumps(policy), timeout_s=self.timeout_s
+        )
 
     def arguments(self, point: Point) -> list[str]:
         """The command line, its policy on stdin."""

@@ -49,6 +49,7 @@ COUNTS = (1, 2, 4, 8)
 TOKENS = 2048
 OTHER_TOKENS = (128, 512, 8192)  # tried for the best choices only
 MOST_REPLAYS = 6
+MOST_REFUSED = 20  # plans that break a limit
 MOST_REFINED = 2
 _OPTIMISM = 1.05  # an estimate may be this much too high and yet belong to the best plan
 _FILL_STEPS = 5
@@ -253,7 +254,12 @@ class _Search:
         """All choices that may fit, quickest first by estimate."""
         choices = [choice for knobs in all_knobs for choice in self._solved(knobs, self._fixed)]
         self._num_choices += len(choices)
-        return sorted(choices, key=lambda choice: choice.solution.seconds)
+        return sorted(choices, key=self._promise)
+
+    def _promise(self, choice: _Choice) -> tuple[bool, float]:
+        """What may keep the limits comes first, and of that the quickest."""
+        most_s = self._limits.max_latency_s
+        return most_s is not None and choice.solution.latency_s > most_s, choice.solution.seconds
 
     def _solved(self, knobs: Mapping[str, Any], fixed: Mapping[str, Shares]) -> Iterator[_Choice]:
         """With weights, and KV cache, all at home beside the device or travelling."""
@@ -280,20 +286,28 @@ class _Search:
         """That of these knobs, whose shares do not count; each is made once."""
         key = frozenset((name, value) for name, value in knobs.items() if name not in KINDS)
         if key not in self._programmes:
-            how = self._planner, self._machine, self._demand, knobs
+            how = self._planner, self._machine, self._demand, knobs, self._most_written
             self._programmes[key] = SharesProgramme(*how)
         return self._programmes[key]
+
+    @property
+    def _most_written(self) -> float:
+        """Bytes that all tokens together may send to disk."""
+        per_1000 = self._limits.max_disk_writes
+        tokens = self._demand.num_requests * self._demand.output
+        return inf if per_1000 is None else per_1000 * tokens / 1000
 
     # plans and their predictions
 
     def _replay(self, choices: Sequence[_Choice]) -> None:
         """Play the first few choices, while an estimate can win."""
-        num_played = 0
+        num_played, most_refused = 0, len(self._refused) + MOST_REFUSED
         for choice in choices:
             fastest = min((scored.run_s for scored in self._kept()), default=inf)
-            if choice.solution.seconds > _OPTIMISM * fastest or num_played == MOST_REPLAYS:
+            if num_played == MOST_REPLAYS or len(self._refused) == most_refused:
                 break
-            num_played += self._play(choice) is not None
+            if choice.solution.seconds <= _OPTIMISM * fastest:
+                num_played += self._play(choice) is not None
 
     def _kept(self) -> list[Scored]:
         """What was played and breaks no limit."""
@@ -381,7 +395,7 @@ class _Search:
             if all(knobs[name] == value for name, value in others.items())
             for choice in self._solved({**knobs, **fixed}, fixed)
         ]
-        for choice in sorted(choices, key=lambda choice: choice.solution.seconds):
+        for choice in sorted(choices, key=self._promise)[:MOST_REFUSED]:
             scored = self._play(choice)
             if scored is not None:
                 return scored
@@ -399,7 +413,7 @@ class _Search:
             for change in self._changes(before.plan.policy):
                 knobs = {**_without_shares(before.plan.policy), **change}
                 choices = self._solved(knobs, self._fixed)
-                self._replay(sorted(choices, key=lambda choice: choice.solution.seconds)[:1])
+                self._replay(sorted(choices, key=self._promise)[:1])
             if self._best() is before:
                 return
 

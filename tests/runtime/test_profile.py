@@ -310,6 +310,43 @@ def test_the_variable_stands_for_everything_and_nothing_is_measured(
         ask("float32")
 
 
+def test_a_given_profile_of_another_kind_of_device_is_refused(
+    ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "given.yaml"
+    write_profile(path, profile(device="cuda"))
+    monkeypatch.setenv("FLEXPIPE_PROFILE", str(path))
+    with pytest.raises(PolicyError, match="of nowhere, device cuda, but layers run on cpu"):
+        ask("float32")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"machine": "another"}, ["a profile of another machine: nowhere"]),
+        ({"threads": 77}, ["a profile of 77 threads, and torch has"]),
+        ({}, []),
+    ],
+)
+def test_a_given_profile_of_another_machine_is_told_once(
+    ask: Ask,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    changes: dict[str, Any],
+    told: list[str],
+) -> None:
+    profile_cache.tell_once.cache_clear()
+    path = tmp_path / "given.yaml"
+    write_profile(path, profile(**{"threads": torch.get_num_threads(), **changes}))
+    monkeypatch.setenv("FLEXPIPE_PROFILE", str(path))
+    with caplog.at_level(logging.INFO, "flexpipe"):
+        ask("float32")
+        ask("float32")
+    assert len(caplog.messages) == len(told)
+    assert all(text in line for text, line in zip(told, caplog.messages, strict=True))
+
+
 def parse_profile_text(text: str) -> Profile:
     import yaml
 
