@@ -41,8 +41,8 @@ from flexpipe.job.spec import JobSpec
 from flexpipe.memory.offload import OffloadDirectory
 from flexpipe.policy.predict import Prediction, predict
 from flexpipe.policy.profile import Profile, read_profile, render_profile
-from flexpipe.runtime.profile import measure_profile
-from flexpipe.runtime.profile_cache import PROFILE_VARIABLE
+from flexpipe.profiling.cache import PROFILE_VARIABLE
+from flexpipe.profiling.machine import measure_profile
 
 PROFILE, PREDICTIONS = "profile.yaml", "predictions.json"
 TIMES = ("total", "load", "prefill", "decode")

@@ -21,9 +21,9 @@ from flexpipe.model.cost import attend_flops, num_attended
 from flexpipe.model.sampling import choose
 from flexpipe.model.workspace import Workspace
 from flexpipe.plan.codec import Codec
-from flexpipe.runtime.effort import Effort
-from flexpipe.runtime.measured_numbers import CODECS, ROTATED_BYTES, Numbers
-from flexpipe.runtime.stopwatch import Task, TaskSource
+from flexpipe.profiling.effort import Effort
+from flexpipe.profiling.numbers import CODECS, ROTATED_BYTES, Numbers
+from flexpipe.profiling.stopwatch import Task, TaskSource
 from flexpipe.units import MIB
 
 WIDTH = 2048  # of hidden states under a norm, and numbers of a token's keys
