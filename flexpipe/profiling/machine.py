@@ -1,6 +1,6 @@
 """Measuring this machine: everything the cost model asks, as one `Profile`.
 
-Each part is measured alone, as the engine does it, by the modules beside this one, which decides
+Each part is measured alone, as the engine does it, by the modules beside this one. Here is decided
 where: what computes in one thread with all intra-op threads, copies in one with a single one, so
 that no second team fights for the cores. Files lie in a folder of the offload directory that goes
 away with the measurement.

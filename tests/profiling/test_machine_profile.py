@@ -25,6 +25,7 @@ from flexpipe.policy.profile import (
     read_profile,
     render_profile,
 )
+from flexpipe.profiling import cache
 from flexpipe.profiling.cache import (
     Measure,
     machine_profile,
