@@ -61,7 +61,8 @@ class Work:
                 (1 - 1 / slowdown.get((name, beside), 1.0)) * active_s
                 for beside, active_s in self.active.items()
             )
-            seconds[name] += lost * self.active[name] / self.seconds[name]
+            if self.active[name]:
+                seconds[name] += lost * self.active[name] / self.seconds[name]
         return Work(seconds, self.num_bytes, self.active)
 
     @property

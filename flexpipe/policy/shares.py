@@ -29,6 +29,7 @@ from flexpipe.policy.profile import Profile
 
 KINDS = ("weights", "kv_cache")
 _PREFER = 1e-6  # of the time: between shares that cost the same, the fastest tiers are filled
+_ATTEMPTS = 12  # to make a plan of whole tensors fit
 _SCALE = 2.0**30  # bytes are told to the solver in GiB
 
 MakePlan = Callable[[Policy], Plan]
@@ -265,16 +266,27 @@ def realize(
     """A plan of whole tensors and rows near the solution that fits, its fastest tier filled."""
     weights, kv_cache = solution.weights, solution.kv_cache
     plan: Plan | None = None
-    for _ in range(8):
+    for _ in range(_ATTEMPTS):
         plan = _make_near(make, knobs, weights, kv_cache)
         if plan is None:
             return None
-        missing = plan.shortfalls()
-        if not missing:
+        if not plan.shortfalls():
             return plan
-        tier = next(iter(missing))
-        weights, kv_cache = _moved_down(plan, tier, missing[tier], tiers)
+        weights, kv_cache = _smaller(plan, tiers)
     return None
+
+
+def _smaller(plan: Plan, tiers: Sequence[Tier]) -> tuple[Shares, Shares]:
+    """Shares that take less of a tier that is short; where nothing can leave it, on fewer tiers,
+    since layers that come from two places need larger slots."""
+    weights, kv_cache = plan.policy.weights, plan.policy.kv_cache
+    for tier, num_bytes in plan.shortfalls().items():
+        moved = _moved_down(plan, tier, num_bytes, tiers)
+        if moved != (weights, kv_cache):
+            return moved
+    if len(weights.tiers) > 1:
+        return _without_smallest(weights), kv_cache
+    return weights, _without_smallest(kv_cache) if len(kv_cache.tiers) > 1 else kv_cache
 
 
 def _make_near(

@@ -17,8 +17,8 @@ from flexpipe.plan.plan import Plan
 from flexpipe.plan.policy import Shares
 from flexpipe.plan.tier import Tier
 from flexpipe.policy.cost import CostModel
-from flexpipe.policy.curve import Curve
-from flexpipe.schedule.op import Kind, Op
+from flexpipe.policy.curve import Curve, Surface
+from flexpipe.schedule.op import Kind, Op, Segment
 from flexpipe.schedule.simulate import Cost
 from flexpipe.schedule.step import MicroBatch, Row
 from tests.policy.machine import OVERHEADS, RATES, machine
@@ -177,6 +177,20 @@ def test_segments_of_a_layer_add_up_to_the_layer():
     assert len(parts) == 2  # no row attends on the device
     missing = 0.2 + 2 * 9 * 2 * 4 * 16 * 4 / 1e10  # the segment between them, and its attention
     assert sum(parts) == pytest.approx(one - missing)
+
+
+def test_a_segment_that_only_attends_multiplies_no_weight():
+    """Of a step in which some rows prefill, on the device, and others attend on the CPU."""
+    plan = plan_on(Tier.GPU, **OFF_DEVICE, cpu_attention=True)
+    rows = [Row(0, 0, 8, (3,), True), Row(1, 1, 0, (3, 4, 5), True)]
+    op = next(
+        op
+        for op in ops_of(plan, [(MicroBatch(0, tuple(rows)),)])
+        if op.kind == Kind.COMPUTE and op.segment == Segment.ATTEND
+    )
+    slow = {name: Surface.of({1.0: Curve.flat(1.0)}) for name in RATES.matmul}
+    model = CostModel(plan, machine(compute=replace(RATES, matmul=slow, packed={})))
+    assert model(op).seconds < 1e-3
 
 
 def test_a_compressed_cache_is_widened_and_new_tokens_compressed():
