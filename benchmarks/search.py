@@ -30,13 +30,13 @@ from scipy.stats import spearmanr
 
 from benchmarks.searched_workloads import NAIVE, SEARCHED, WORKLOADS, Searched
 from benchmarks.trial import machine, markdown
-from flexpipe.job.child import Ended, run_flexpipe
-from flexpipe.job.forecast import forecaster
-from flexpipe.job.ledger import Ledger
-from flexpipe.job.point import Point, make_points
-from flexpipe.job.ranking import Row
 from flexpipe.job.spec import JobSpec
-from flexpipe.job.sweep import BenchCommand, run_sweep
+from flexpipe.sweep.child import Ended, run_flexpipe
+from flexpipe.sweep.forecast import forecaster
+from flexpipe.sweep.ledger import Ledger
+from flexpipe.sweep.point import Point, make_points
+from flexpipe.sweep.ranking import Row
+from flexpipe.sweep.run import BenchCommand, run_sweep
 
 ROUNDS = 3
 FINALISTS = 5

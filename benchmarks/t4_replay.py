@@ -19,7 +19,8 @@ from pathlib import Path
 from flexpipe.job.outlook import Outlook, Shape
 from flexpipe.job.table import markdown_table
 from flexpipe.plan.block import Need
-from flexpipe.plan.policy import Policy, read_policy_file
+from flexpipe.plan.policy import Policy
+from flexpipe.plan.policy_file import PolicyFile
 from flexpipe.policy.predict import predict
 from flexpipe.policy.search import search
 from flexpipe.preset import policy_file
@@ -68,7 +69,7 @@ def outlook(model: str, num_prompts: int) -> Outlook:
 def played(preset: str) -> Played:
     model, num_prompts, published = PUBLISHED[preset]
     look = outlook(model, num_prompts)
-    policy = Policy(**read_policy_file(policy_file(preset)))
+    policy = Policy(**PolicyFile.read(policy_file(preset)).knobs)
     plan = look.planner(policy.compute_dtype)(policy)
     missing = plan.shortfalls()
     assert not missing, f"{preset} does not fit {HARDWARE}: {missing}"

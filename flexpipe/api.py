@@ -31,7 +31,8 @@ from flexpipe.job.params import SamplingParams
 from flexpipe.job.result import FinishReason
 from flexpipe.job.spec import JobSpec, LoadFormat
 from flexpipe.plan.hardware import Emulation
-from flexpipe.plan.policy import Policy, knob, read_policy_file
+from flexpipe.plan.policy import Policy
+from flexpipe.plan.policy_file import PolicyFile
 from flexpipe.preset import policy_file
 
 __all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams"]
@@ -89,15 +90,16 @@ class LLM:
             emulation = Emulation.parse(emulation)
         if emulation is not None and device == "auto":
             device = "emulated"
-        given = _given(policy)
-        Policy(**given)  # checks itself
+        file = _policy_file(policy)
+        Policy(**file.knobs)  # checks itself
         self._spec = JobSpec(
             model=str(model),
             input_path=Path("prompts.jsonl"),  # each call puts its own in their place
             output_path=Path("results.jsonl"),
             device=device,
             emulation=emulation,
-            given=given,
+            given=file.knobs,
+            made_for=file.made_for,
             load_format=load_format,
             revision=revision,
             offload_dir=None if offload_dir is None else Path(offload_dir),
@@ -168,12 +170,10 @@ class LLM:
                 return {str(record["id"]): record for record in map(json.loads, file)}
 
 
-def _given(policy: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
-    if policy is None:
-        return {}
-    if isinstance(policy, Mapping):
-        return {name: knob(name, value) for name, value in policy.items()}
-    return read_policy_file(policy_file(str(policy)))
+def _policy_file(policy: str | Path | Mapping[str, Any] | None) -> PolicyFile:
+    if policy is None or isinstance(policy, Mapping):
+        return PolicyFile.of(policy or {})
+    return PolicyFile.read(policy_file(str(policy)))
 
 
 def _line(index: int, prompt: Prompt, params: SamplingParams) -> dict[str, Any]:

@@ -13,8 +13,8 @@ import pytest
 
 from benchmarks.search import Measured, job_spec, tables, to_dict
 from benchmarks.searched_workloads import NAIVE, NUM_DRAWN, SEARCHED, WORKLOADS, Searched
-from flexpipe.job.point import Point, make_points
-from flexpipe.job.ranking import Row
+from flexpipe.sweep.point import Point, make_points
+from flexpipe.sweep.ranking import Row
 
 IN_RAM = next(one for one in WORKLOADS if one.name == "in RAM")
 

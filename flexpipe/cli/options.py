@@ -8,7 +8,7 @@ rule can fill it in.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ from flexpipe.plan.policy import (
     STRATEGIES,
     Policy,
     percent_shares,
-    read_policy_file,
 )
+from flexpipe.plan.policy_file import PolicyFile
 from flexpipe.preset import policy_file
 from flexpipe.units import parse_bytes
 
@@ -119,21 +119,24 @@ _POLICY_OPTIONS = (
 
 
 def policy_options(command: Command) -> Command:
-    """Add the knobs; the command gets them as `given`, a dict of `Policy`'s fields."""
+    """Add the knobs; the command gets them as `given`, a dict of `Policy`'s fields, and what the
+    policy file says it was `made_for`, or None."""
 
     @functools.wraps(command)
     def with_given(policy: str | None, percent: tuple[float, ...] | None, **others: Any) -> None:
         knobs = {field: others.pop(field) for field in OPTION_NAMES if field in others}
-        command(given=given_knobs(policy, percent, knobs), **others)
+        file = PolicyFile(knobs={}) if policy is None else PolicyFile.read(policy_file(policy))
+        given = given_knobs(file.knobs, percent, knobs)
+        command(given=given, made_for=file.made_for, **others)
 
     return _decorated(with_given, _POLICY_OPTIONS)
 
 
 def given_knobs(
-    policy: str | None, percent: tuple[float, ...] | None, knobs: dict[str, Any]
+    policy: Mapping[str, Any], percent: tuple[float, ...] | None, knobs: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The knobs of the policy file, overridden by those given one by one."""
-    given = {} if policy is None else read_policy_file(policy_file(policy))
+    given = dict(policy)
     if percent is not None:
         given |= percent_shares(percent)
     return given | {field: value for field, value in knobs.items() if value is not None}

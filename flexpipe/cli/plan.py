@@ -13,7 +13,7 @@ import click
 
 from flexpipe.cli.options import bytes_option, inquiry_options, policy_options
 from flexpipe.errors import InputError
-from flexpipe.plan.policy_file import write_whole
+from flexpipe.plan.policy_file import MadeFor, write_whole
 
 if TYPE_CHECKING:
     from flexpipe.job.outlook import Inquiry
@@ -56,6 +56,7 @@ def plan(
     output_path: Path | None,
     as_json: bool,
     given: Mapping[str, Any],
+    made_for: MadeFor | None,
 ) -> None:
     """Find the fastest policy for a model, a workload and a machine.
 
@@ -67,7 +68,7 @@ def plan(
             raise InputError("--fit-only knows no rates: drop --output-file and the limits")
         from flexpipe.job.fitting import look
 
-        fitting = look(inquiry, given)
+        fitting = look(inquiry, given, made_for)
         print(json.dumps(fitting.to_dict()) if as_json else fitting.render())
         if not fitting.fits:
             click.get_current_context().exit(4)
@@ -78,7 +79,7 @@ def plan(
     limits = Limits(
         max_latency_s=max_latency_s, max_disk_writes=max_disk_writes, compression=compression
     )
-    found = propose(inquiry.outlook(given), given, limits, date.today().isoformat())
+    found = propose(inquiry.outlook(given, made_for), given, limits, date.today().isoformat())
     if output_path is not None:
         write_whole(output_path, found.policy_file())
         print(f"flexpipe: {output_path} holds the policy, for --policy", file=sys.stderr)

@@ -16,6 +16,7 @@ from flexpipe.job.spec import TRACE_SUFFIXES
 
 if TYPE_CHECKING:
     from flexpipe.job.outlook import Inquiry
+    from flexpipe.plan.policy_file import MadeFor
 
 
 @click.command()
@@ -42,6 +43,7 @@ def simulate(
     num_steps: int | None,
     as_json: bool,
     given: Mapping[str, Any],
+    made_for: MadeFor | None,
 ) -> None:
     """Play a plan without running it: its times, its bytes, its timeline.
 
@@ -53,7 +55,7 @@ def simulate(
     from flexpipe.job.timeline import play  # numpy is not needed for --help
 
     draws = output_path is not None
-    made = play(inquiry.outlook(given), given, draws=draws, num_steps=num_steps)
+    made = play(inquiry.outlook(given, made_for), given, draws=draws, num_steps=num_steps)
     if output_path is not None:
         made.draw(output_path)
         drawn = f"the first {made.num_drawn_steps} of {made.prediction.num_steps} steps"

@@ -30,6 +30,7 @@ from flexpipe.job.table import markdown_table
 from flexpipe.model.config import ModelConfig
 from flexpipe.plan.block import Need
 from flexpipe.plan.policy import Policy
+from flexpipe.plan.spelling import as_options
 from flexpipe.units import format_bytes
 
 if TYPE_CHECKING:
@@ -357,16 +358,6 @@ def block_rows(given: Mapping[str, Any]) -> int:
     shape = {key: given[key] for key in ("micro_batch_size", "num_micro_batches") if key in given}
     policy = Policy(**shape)
     return policy.micro_batch_size * policy.num_micro_batches
-
-
-def as_options(policy: Mapping[str, Any]) -> str:
-    """The policy as the options that ask for it again."""
-    kinds = ("weights", "kv_cache", "hidden")
-    percent = (f"{100 * policy[kind][tier]:g}" for kind in kinds for tier in ("gpu", "cpu"))
-    return (
-        f"--percent {' '.join(percent)} --gpu-batch-size {policy['micro_batch_size']} "
-        f"--num-gpu-batches {policy['num_micro_batches']} --overlap {policy['strategy']}"
-    )
 
 
 def _head(name: str) -> str:

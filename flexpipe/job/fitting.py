@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flexpipe.job.bench import as_options
 from flexpipe.job.outlook import Inquiry, Outlook
 from flexpipe.job.table import plain_table
 from flexpipe.model.config import ModelConfig
 from flexpipe.plan.plan import Planner
+from flexpipe.plan.policy_file import MadeFor
+from flexpipe.plan.spelling import as_options
 from flexpipe.plan.tier import Tier
 from flexpipe.policy.fit import Fit, find_fit
 from flexpipe.units import format_bytes
@@ -73,9 +74,9 @@ class Fitting:
         )
 
 
-def look(inquiry: Inquiry, given: Mapping[str, Any]) -> Fitting:
+def look(inquiry: Inquiry, given: Mapping[str, Any], made_for: MadeFor | None = None) -> Fitting:
     """Ask about bytes alone."""
-    outlook = inquiry.outlook(given, needs_rates=False)
+    outlook = inquiry.outlook(given, made_for, needs_rates=False)
 
     def planner_for(config: ModelConfig) -> Planner:
         return replace(outlook, shape=replace(outlook.shape, config=config)).planner()

@@ -26,6 +26,7 @@ from flexpipe.plan.hardware import Emulation
 from flexpipe.plan.placement import Stored
 from flexpipe.plan.plan import Budgets, Plan, Planner, check_fits
 from flexpipe.plan.policy import Policy
+from flexpipe.plan.policy_file import MadeFor
 from flexpipe.plan.rule import advice
 from flexpipe.plan.tier import Tier
 from flexpipe.policy.dtype import candidate_dtypes, compute_dtype
@@ -114,8 +115,8 @@ class Outlook:
     ) -> Outlook:
         """On this machine, as a run would find it now; measured, unless no rate is needed."""
         from flexpipe.job.prepare import budgets
+        from flexpipe.profiling.cache import machine_profile
         from flexpipe.runtime.device import open_device
-        from flexpipe.runtime.profile_cache import machine_profile
 
         opened = open_device(device, emulation)
         Policy(**given).check_device(opened.name)
@@ -190,9 +191,18 @@ class Inquiry:
             raise InputError("--max-tokens goes with --input-file; the other way has --gen-len")
         object.__setattr__(self, "emulation", checked_emulation(self.device, self.emulation))
 
-    def outlook(self, given: Mapping[str, Any], *, needs_rates: bool = True) -> Outlook:
-        """Look at model, requests and machine; `given` are the policy's knobs."""
+    def outlook(
+        self,
+        given: Mapping[str, Any],
+        made_for: MadeFor | None = None,
+        *,
+        needs_rates: bool = True,
+    ) -> Outlook:
+        """Look at model, requests and machine; `given` are the policy's knobs, `made_for` the model
+        they were found for, if they were."""
         shape = Shape.open(self.model, self.revision)
+        if made_for is not None:
+            made_for.check(shape.name, shape.config)
         needs = self._needs(shape, given)
         if self.hardware is not None:
             return Outlook.on_paper(shape, needs, self.hardware, given)

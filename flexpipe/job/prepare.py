@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from flexpipe.errors import FlexpipeError
+from flexpipe.errors import FlexpipeError, PolicyError
 from flexpipe.job.batcher import Entry
 from flexpipe.job.request import BadLine
 from flexpipe.job.spec import JobSpec
@@ -34,8 +34,8 @@ from flexpipe.policy.dtype import candidate_dtypes, compute_dtype
 from flexpipe.policy.profile import Profile
 from flexpipe.policy.search import best_plan
 from flexpipe.policy.shares import Machine
+from flexpipe.profiling.cache import machine_profile
 from flexpipe.runtime.device import Device, open_device
-from flexpipe.runtime.profile_cache import machine_profile
 from flexpipe.runtime.usable import usable_memory
 
 log = logging.getLogger("flexpipe")
@@ -71,6 +71,8 @@ class Model:
             revision=spec.revision,
         )
         config = read_config(checkpoint.config)
+        if spec.made_for is not None:
+            spec.made_for.check(spec.model, config)
         tokenizer = Tokenizer.open(
             checkpoint.directory,
             config.vocab_size,
@@ -99,6 +101,8 @@ def _profile(device: Device, offload: OffloadDirectory, dtypes: Sequence[str]) -
     cannot be."""
     try:
         return machine_profile(device.name, offload.path, dtypes)
+    except PolicyError:
+        raise  # of a profile that the user named
     except FlexpipeError as error:
         log.info("nothing is predicted: %s", error)
         return None

@@ -9,11 +9,11 @@ from typing import Any
 
 from flexpipe import __version__
 from flexpipe.errors import PlanError
-from flexpipe.job.bench import as_options
 from flexpipe.job.outlook import Outlook
 from flexpipe.job.table import plain_table
 from flexpipe.plan.plan import Plan
-from flexpipe.plan.policy_file import render_policy
+from flexpipe.plan.policy_file import MadeFor, render_policy
+from flexpipe.plan.spelling import as_options, difference
 from flexpipe.plan.tier import Tier
 from flexpipe.policy.predict import Prediction, predict
 from flexpipe.policy.search import Found, Limits, Scored, disk_writes, search
@@ -79,7 +79,7 @@ class Proposal:
             f"Predicted: {made.generated_tokens_per_s:.4g} tokens/s, {format_seconds(made.total_s)}"
             f" in all; {made.bottleneck} is the bottleneck.",
         )
-        return render_policy(self.plan.policy, opening)
+        return render_policy(self.plan.policy, MadeFor.of(self.model, self.plan.config), opening)
 
     def render(self) -> str:
         """For people, the plan first; every figure is predicted."""
@@ -113,7 +113,7 @@ class Proposal:
         found = self.found
         others = [("next best", one) for one in found.others[:_NUM_SHOWN]]
         naive = [(name, one) for name, one in found.naive.items() if one is not None]
-        rows = [_row(name, one) for name, one in (*others, *naive)]
+        rows = [self._row(name, one) for name, one in (*others, *naive)]
         rows += [(name, "does not fit", "", "") for name, one in found.naive.items() if one is None]
         wishes = [
             (what, f"{gain - 1:+.1%}")
@@ -122,7 +122,7 @@ class Proposal:
         ]
         lossy = [(what, f"{gain - 1:+.1%}") for what, gain in found.lossy.items()]
         return [
-            plain_table(("instead", "tokens/s", "because", "options"), rows),
+            plain_table(("instead", "tokens/s", "because", "what differs"), rows),
             plain_table(("with", "tokens/s would be"), wishes)
             or "neither 1 GiB more of a tier nor a link twice as fast would help",
             plain_table(("lossy, so only with --compression", "estimated"), lossy),
@@ -147,15 +147,14 @@ class Proposal:
             "budget": budget,
         }
 
+    def _row(self, name: str, one: Scored) -> tuple[str, str, str, str]:
+        made, policy = one.prediction, one.plan.policy
+        because = f"{made.bottleneck} needs {format_seconds(made.bound_s)}"
+        differs = difference(policy.to_dict(), self.plan.policy.to_dict()) or "nothing"
+        return name, f"{made.generated_tokens_per_s:.4g}", because, differs
+
     def _tier_row(self, tier: Tier) -> tuple[str, ...]:
         return tier.value, *(format_bytes(size) for size in self._tier(tier).values())
-
-
-def _row(name: str, one: Scored) -> tuple[str, str, str, str]:
-    made = one.prediction
-    because = f"{made.bottleneck} needs {format_seconds(made.bound_s)}"
-    options = as_options(one.plan.policy.to_dict())
-    return name, f"{made.generated_tokens_per_s:.4g}", because, options
 
 
 def _as_dict(one: Scored) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 from flexpipe.errors import InputError
 from flexpipe.job.params import SamplingParams
 from flexpipe.plan.hardware import Emulation
+from flexpipe.plan.policy_file import MadeFor
 
 LoadFormat = Literal["auto", "dummy"]
 LOAD_FORMATS: tuple[LoadFormat, ...] = get_args(LoadFormat)
@@ -29,9 +30,9 @@ _DEVICE = re.compile(r"auto|cpu|emulated|(cuda|xpu|mps|mtia|npu|hpu)(:[0-9]+)?")
 class JobSpec:
     """One batch job: model, prompts in, results out, and how to use the machine.
 
-    `given` holds the fields of `Policy` that the user chose; the rule fills in the rest. `device`
-    "auto" takes the accelerator if there is one, else the CPU. `emulation` goes with the device
-    "emulated" and is never None there.
+    `given` holds the fields of `Policy` that the user chose; the search finds the rest. Where they
+    were `made_for` a model, they go with no other. `device` "auto" takes the accelerator if there
+    is one, else the CPU. `emulation` goes with the device "emulated" and is never None there.
     """
 
     model: str
@@ -47,6 +48,7 @@ class JobSpec:
     device: str = "auto"
     emulation: Emulation | None = None
     given: Mapping[str, Any] = field(default_factory=dict)
+    made_for: MadeFor | None = None
     load_format: LoadFormat = "auto"
     seed: int = 0
     revision: str | None = None

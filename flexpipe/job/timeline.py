@@ -10,10 +10,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from flexpipe.job.bench import as_options
 from flexpipe.job.outlook import Outlook
 from flexpipe.job.table import plain_table
 from flexpipe.plan.plan import Plan
+from flexpipe.plan.spelling import as_options
 from flexpipe.plan.tier import Tier
 from flexpipe.policy.predict import Prediction, first_spans, predict
 from flexpipe.schedule.op import Kind, Lane

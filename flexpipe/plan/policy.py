@@ -12,12 +12,9 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
-
-from flexpipe.errors import FlexpipeError, PolicyError
+from flexpipe.errors import PolicyError
 from flexpipe.plan.codec import Codec
 from flexpipe.plan.tier import Tier
 from flexpipe.units import parse_bytes
@@ -190,22 +187,6 @@ def percent_shares(percent: Sequence[float]) -> dict[str, Shares]:
         disk = max(0.0, 100 - gpu - cpu)
         shares[name] = Shares(gpu=gpu / 100, cpu=cpu / 100, disk=disk / 100)
     return shares
-
-
-def read_policy_file(path: Path) -> dict[str, Any]:
-    """The knobs a policy file gives, checked one by one; the rest is left to the rule."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PolicyError(f"cannot read the policy file {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PolicyError(f"{path} is not a YAML file: {error}") from error
-    if not isinstance(content, dict):
-        raise PolicyError(f"{path} must map field names to values, found {type(content).__name__}")
-    try:
-        return {str(name): knob(str(name), value) for name, value in content.items()}
-    except FlexpipeError as error:
-        raise PolicyError(f"{path}: {error}") from error
 
 
 def knob(name: str, value: Any) -> Any:

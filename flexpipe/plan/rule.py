@@ -16,7 +16,8 @@ from typing import Any
 
 from flexpipe.errors import PolicyError
 from flexpipe.plan.plan import Plan
-from flexpipe.plan.policy import OPTION_NAMES, Policy, Shares
+from flexpipe.plan.policy import Policy, Shares
+from flexpipe.plan.spelling import spelled
 from flexpipe.plan.tier import Tier
 
 ROWS = (256, 128, 64, 32, 16, 8, 4, 2, 1)
@@ -90,21 +91,10 @@ def advice(given: Mapping[str, Any], make: MakePlan, device_tier: Tier, num_rows
             continue
         if not plan.shortfalls():
             halved = plan.policy.separate_layers and "separate_layers" not in given
-            words = _spelled(plan.policy, freed) + (" --sep-layer" if halved else "")
+            named = freed | {"separate_layers"} if halved else freed
+            words = spelled(plan.policy.to_dict(), named)
             return f"This would fit: {words}."
     return "Nothing smaller would fit either; raise the budgets, or use a machine with more memory."
-
-
-def _spelled(policy: Policy, names: set[str]) -> str:
-    words = []
-    for name, option in OPTION_NAMES.items():
-        if name in names and option != "--percent":
-            words.append(f"{option} {getattr(policy, name)}")
-    if "weights" in names:
-        shares = (policy.weights, policy.kv_cache, policy.hidden)
-        numbers = [f"{100 * share:g}" for item in shares for share in (item.gpu, item.cpu)]
-        words.append(f"--percent {' '.join(numbers)}")
-    return " ".join(words)
 
 
 def _shapes(given: Mapping[str, Any], num_rows: int) -> Iterator[dict[str, Any]]:

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 from flexpipe.errors import PolicyError
 from flexpipe.model.cost import (
@@ -44,8 +45,9 @@ FETCHED_BYTES = 8 + 1  # of a sampled row: its token, and whether its logits wer
 _ROPE, _APPEND, _GATE, _LOOKUP = 1.0, 0.4, 0.5, 0.3
 # how a layer's fixed cost falls on its segments
 _OVERHEAD_SHARE = {None: 1.0, Segment.QKV: 0.4, Segment.ATTEND: 0.2, Segment.OUT: 0.4}
-_ROLES = {
+_ROLES: Mapping[Segment, tuple[str, ...]] = {
     Segment.QKV: ("q_proj", "k_proj", "v_proj"),
+    Segment.ATTEND: (),
     Segment.OUT: ("o_proj", "gate_proj", "up_proj", "down_proj"),
 }
 
@@ -82,6 +84,8 @@ class Shape:
     read_extents: int
     write_bytes: int
     write_extents: int
+    disk_rows: int  # whose new tokens go to disk, or wait for their page to fill
+    num_groups: int = 1  # of rows beside each other that attend here in one call
 
 
 class CostModel:
@@ -309,14 +313,18 @@ class CostModel:
         seconds += self._products_s(op.layer, part, tokens)
         numbers = 0.0
         if layer.has_kv_cache and part in (None, Segment.QKV):
-            turned = _ROPE * (heads + kv_heads) if config.rope else 0.0
-            numbers += config.hidden_size + config.head_dim * (turned + _APPEND * 2 * kv_heads)
+            numbers += config.hidden_size + config.head_dim * _APPEND * 2 * kv_heads
+            turned = (heads + kv_heads) * config.head_dim if config.rope else 0
+            seconds += self._numbers_s(self.profile.compute.rotary, turned * tokens, _ROPE)
             seconds += self._append_s(self.profile.compute, tokens - shape.num_on_cpu)
         if layer.has_kv_cache and part in (None, Segment.ATTEND):
             here = shape.here[self._window(op)]
             seconds += self._attention_s(self.profile.compute, here)
+            seconds += max(0, shape.num_groups - 1) * self.profile.overhead("group")
         if layer.kind != LayerKind.ATTENTION and part in (None, Segment.OUT):
-            numbers += config.hidden_size + (_GATE if config.gated_mlp else 0.0) * config.ffn_size
+            numbers += config.hidden_size
+            gated = config.ffn_size if config.gated_mlp else 0
+            seconds += self._numbers_s(self.profile.compute.gating, gated * tokens, _GATE)
         return seconds + self._passes_s(numbers * tokens)
 
     def _decoder_flops(self, op: Op, layer: LayerPlan, shape: Shape) -> float:
@@ -351,6 +359,11 @@ class CostModel:
         """Norms and the like over so many numbers."""
         curve = self._curve(self.profile.compute.elementwise, "elementwise")
         return curve.seconds(numbers)
+
+    def _numbers_s(self, curves: Mapping[str, Curve], numbers: float, as_norm: float) -> float:
+        """Of a pass of its own kind; as so much of a norm where nothing is known of it."""
+        curve = curves.get(self._dtype)
+        return curve.seconds(numbers) if curve else self._passes_s(as_norm * numbers)
 
     def _append_s(self, rates: Rates, tokens: int) -> float:
         """Compressing new keys and values."""
@@ -495,7 +508,28 @@ def _shape(
         read_extents=read[1],
         write_bytes=write[0],
         write_extents=write[1],
+        disk_rows=len(disk),
+        num_groups=_num_groups(here, plan, mb),
     )
+
+
+def _num_groups(rows: list[Row], plan: Plan, mb: MicroBatchPlan) -> int:
+    """Calls that these rows attend in: neighbours at home, or in a slot, that do the same."""
+    at_home = [place for place, home in enumerate(mb.kv_homes) if home == plan.device_tier]
+    in_slot = [place for place, home in enumerate(mb.kv_homes) if home != plan.device_tier]
+    return sum(_num_runs(rows, places) for places in (at_home, in_slot))
+
+
+def _num_runs(rows: list[Row], places: list[int]) -> int:
+    ranks = {place: rank for rank, place in enumerate(places)}
+    there = [row for row in rows if row.place in ranks]
+    keys = ((ranks[row.place] - index, _doing(row)) for index, row in enumerate(there))
+    return sum(1 for _ in groupby(keys))
+
+
+def _doing(row: Row) -> tuple[int, int] | None:
+    """Rows that decode attend together whatever is behind them, others only if equal."""
+    return None if row.num_new == 1 else (row.num_context, row.num_new)
 
 
 def _attention(rows: list[Row], window: int | None) -> tuple[Attention, ...]:

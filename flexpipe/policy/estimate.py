@@ -20,19 +20,24 @@ from flexpipe.plan.plan import Plan
 from flexpipe.plan.tier import Tier
 from flexpipe.policy.cost import Attention, CostModel, Shape
 from flexpipe.schedule.op import Kind, Op, Segment
-from flexpipe.schedule.simulate import Cost
+from flexpipe.schedule.simulate import Cost, Pairs
 from flexpipe.schedule.step import MicroBatch
+
+_BESIDE = {Kind.READ_CACHE, Kind.LOAD_CACHE, Kind.STORE_CACHE, Kind.WRITE_CACHE}
 
 
 @dataclass(slots=True)
 class Work:
-    """Seconds that lanes and links are busy, and bytes over links, by name."""
+    """Seconds that lanes and links are busy, and bytes over links, by name; and the seconds in
+    which activities disturb others."""
 
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     num_bytes: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    active: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def add(self, lane: str, cost: Cost, times: float) -> None:
         self.seconds[lane] += cost.seconds * times
+        self.active[cost.activity] += cost.seconds * cost.duty * times
         if cost.link:
             if cost.link != lane:  # a lane with a link's name has all the link's work
                 self.seconds[cost.link] += cost.seconds * times
@@ -42,9 +47,22 @@ class Work:
         for mine, theirs in (
             (self.seconds, other.seconds),
             (self.num_bytes, other.num_bytes),
+            (self.active, other.active),
         ):
             for name, value in theirs.items():
                 mine[name] += value * times
+
+    def disturbed(self, slowdown: Pairs) -> Work:
+        """The same where everything overlaps: a lane or link named as its activity takes longer by
+        what the others slow it down, who go on all the while. That is still a lower bound."""
+        seconds = dict(self.seconds)
+        for name in self.seconds.keys() & self.active.keys():
+            lost = sum(
+                (1 - 1 / slowdown.get((name, beside), 1.0)) * active_s
+                for beside, active_s in self.active.items()
+            )
+            seconds[name] += lost * self.active[name] / self.seconds[name]
+        return Work(seconds, self.num_bytes, self.active)
 
     @property
     def bound_s(self) -> float:
@@ -108,7 +126,22 @@ def work_of(costs: CostModel, phase: Phase, demand: Demand) -> Work:
     a kind all rest on one tier."""
     batch = MicroBatch(0, ())
     costs.know(batch, _shape(costs.plan, phase, demand))
-    return step_work(costs, [batch], times=len(costs.plan.micro_batches))
+    work = step_work(costs, [batch], times=len(costs.plan.micro_batches))
+    work = work.disturbed(costs.profile.slowdown)
+    work.seconds["path"] = _path_s(costs, batch)
+    return work
+
+
+def _path_s(costs: CostModel, batch: MicroBatch) -> float:
+    """Seconds of one micro-batch's ops, which come one after the other but for the moves of its KV
+    cache: with few micro-batches no lane is busy all the time."""
+    shape, seconds = costs.shape(batch), 0.0
+    for layer, count in costs.alike:
+        for kind, segment in _kinds(costs.plan, layer, batch, shape):
+            if kind not in _BESIDE:
+                op = Op(0, kind, 0, layer.position, batch, (), segment=segment)
+                seconds += costs(op).seconds * count
+    return seconds
 
 
 def step_work(costs: CostModel, batches: Sequence[MicroBatch], times: int = 1) -> Work:
@@ -165,6 +198,7 @@ def _shape(plan: Plan, phase: Phase, demand: Demand) -> Shape:
         read_extents=behind if on_disk else 0,
         write_bytes=round(fills * KV_PAGE) if on_disk else 0,
         write_extents=max(1, round(min(fills, phase.decoding + prompts))) if on_disk else 0,
+        disk_rows=phase.decoding + prompts if on_disk else 0,
     )
 
 
@@ -231,5 +265,5 @@ def _cache_kinds(plan: Plan, shape: Shape) -> Iterator[Kind]:
         yield Kind.LOAD_CACHE
     if plan.streams_to_device and shape.store_rows:
         yield Kind.STORE_CACHE
-    if shape.write_extents:
+    if shape.disk_rows:
         yield Kind.WRITE_CACHE

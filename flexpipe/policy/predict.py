@@ -378,6 +378,7 @@ def _extrapolated(
         total.add_all(work, float(weights[group_of == group].sum()))
     steady = [_steady(plan, thin, costs, scripts[sample]) for sample in samples]
     ratios = np.array([one.seconds for one in steady]) / bounds[samples]
+    ratios = np.maximum(ratios, 1.0)  # the layers played may stream less than those they stand for
     per_group = bounds * ratios[nearest]
     took = per_group[group_of]
     prefills = np.array([any(not p.decodes.all() for p in s.values()) for s in rehearsal.steps])

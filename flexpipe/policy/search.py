@@ -18,6 +18,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
+from math import inf
 from typing import Any
 
 from flexpipe.errors import PolicyError
@@ -48,6 +49,7 @@ COUNTS = (1, 2, 4, 8)
 TOKENS = 2048
 OTHER_TOKENS = (128, 512, 8192)  # tried for the best choices only
 MOST_REPLAYS = 6
+MOST_REFUSED = 20  # plans that break a limit
 MOST_REFINED = 2
 _OPTIMISM = 1.05  # an estimate may be this much too high and yet belong to the best plan
 _FILL_STEPS = 5
@@ -181,14 +183,13 @@ class _Search:
         self._estimate_s: float | None = None  # of the best plan's choice
 
     def run(self, explain: bool) -> Found:
-        choices = self._estimated(self._knobs())
-        best = self._replayed(choices, None)
-        best = self._better(best, self._by_rule())
+        self._replay(self._estimated(self._knobs()))
+        self._by_rule()
         naive = {} if self._is_given else self._naive()
-        for scored in naive.values():
-            best = self._better(best, scored)
+        if not self._is_given:
+            self._refine()
+        best = self._best()
         if best is not None and not self._is_given:
-            best = self._refined(best)
             best = self._filled(best)
         others = sorted(
             (one for one in self._scored.values() if one is not None and one is not best),
@@ -253,7 +254,12 @@ class _Search:
         """All choices that may fit, quickest first by estimate."""
         choices = [choice for knobs in all_knobs for choice in self._solved(knobs, self._fixed)]
         self._num_choices += len(choices)
-        return sorted(choices, key=lambda choice: choice.solution.seconds)
+        return sorted(choices, key=self._promise)
+
+    def _promise(self, choice: _Choice) -> tuple[bool, float]:
+        """What may keep the limits comes first, and of that the quickest."""
+        most_s = self._limits.max_latency_s
+        return most_s is not None and choice.solution.latency_s > most_s, choice.solution.seconds
 
     def _solved(self, knobs: Mapping[str, Any], fixed: Mapping[str, Shares]) -> Iterator[_Choice]:
         """With weights, and KV cache, all at home beside the device or travelling."""
@@ -280,23 +286,40 @@ class _Search:
         """That of these knobs, whose shares do not count; each is made once."""
         key = frozenset((name, value) for name, value in knobs.items() if name not in KINDS)
         if key not in self._programmes:
-            how = self._planner, self._machine, self._demand, knobs
+            how = self._planner, self._machine, self._demand, knobs, self._most_written
             self._programmes[key] = SharesProgramme(*how)
         return self._programmes[key]
 
+    @property
+    def _most_written(self) -> float:
+        """Bytes that all tokens together may send to disk."""
+        per_1000 = self._limits.max_disk_writes
+        tokens = self._demand.num_requests * self._demand.output
+        return inf if per_1000 is None else per_1000 * tokens / 1000
+
     # plans and their predictions
 
-    def _replayed(self, choices: Sequence[_Choice], best: Scored | None) -> Scored | None:
-        """The best of the choices in the simulator; the first few, while an estimate can win."""
-        num_played = 0
+    def _replay(self, choices: Sequence[_Choice]) -> None:
+        """Play the first few choices, while an estimate can win."""
+        num_played, most_refused = 0, len(self._refused) + MOST_REFUSED
         for choice in choices:
-            hopeless = best is not None and choice.solution.seconds > _OPTIMISM * best.run_s
-            if hopeless or num_played == MOST_REPLAYS:
+            fastest = min((scored.run_s for scored in self._kept()), default=inf)
+            if num_played == MOST_REPLAYS or len(self._refused) == most_refused:
                 break
-            scored = self._play(choice)
-            num_played += scored is not None
-            best = self._better(best, scored)
-        return best
+            if choice.solution.seconds <= _OPTIMISM * fastest:
+                num_played += self._play(choice) is not None
+
+    def _kept(self) -> list[Scored]:
+        """What was played and breaks no limit."""
+        return [scored for scored in self._scored.values() if scored is not None]
+
+    def _best(self) -> Scored | None:
+        """The fastest; of those about as fast the one that moves least, since no prediction is so
+        exact, and a link that has nothing to do cannot disappoint."""
+        kept = self._kept()
+        fastest = min((scored.run_s for scored in kept), default=inf)
+        alike = (scored for scored in kept if _ALIKE * scored.run_s <= fastest)
+        return min(alike, key=self._moved_s, default=None)
 
     def _play(self, choice: _Choice) -> Scored | None:
         tiers = self._machine.tiers
@@ -327,28 +350,20 @@ class _Search:
             self._scored[plan.policy] = None if refusal else scored
         return self._scored[plan.policy]
 
-    def _better(self, one: Scored | None, other: Scored | None) -> Scored | None:
-        """The faster; of two about as fast the one that moves less, since no prediction is so
-        exact, and a link that has nothing to do cannot disappoint."""
-        if one is None or other is None:
-            return one or other
-        if min(one.run_s, other.run_s) > _ALIKE * max(one.run_s, other.run_s):
-            return other if self._moved_s(other) < self._moved_s(one) else one
-        return other if other.run_s < one.run_s else one
-
     def _moved_s(self, scored: Scored) -> float:
         """Seconds that links are busy, and a little of the time itself."""
         busy = scored.prediction.link_busy_s
         return sum(busy.values()) + 0.1 * scored.run_s
 
-    def _by_rule(self) -> Scored | None:
-        """The plan that needs no profile; where everything is given, the plan itself."""
+    def _by_rule(self) -> None:
+        """Play the plan that needs no profile; where everything is given, the plan itself."""
         rows = len(self._needs)
         try:
-            plan = choose_plan(self._given, self._planner, self._machine.device_tier, rows)
+            plan = choose_plan(self._given, self._planner, self._device, rows)
         except PolicyError:
-            return None
-        return None if plan.shortfalls() else self._score(plan)
+            return
+        if not plan.shortfalls():
+            self._score(plan)
 
     def _naive(self) -> dict[str, Scored | None]:
         """Plans that people try first, each with its best block."""
@@ -380,7 +395,7 @@ class _Search:
             if all(knobs[name] == value for name, value in others.items())
             for choice in self._solved({**knobs, **fixed}, fixed)
         ]
-        for choice in sorted(choices, key=lambda choice: choice.solution.seconds):
+        for choice in sorted(choices, key=self._promise)[:MOST_REFUSED]:
             scored = self._play(choice)
             if scored is not None:
                 return scored
@@ -388,19 +403,19 @@ class _Search:
 
     # improvements of the best
 
-    def _refined(self, best: Scored) -> Scored:
-        """What was held fixed while choices were compared: chunks, prefetch, halves of layers."""
+    def _refine(self) -> None:
+        """Vary what was held fixed while choices were compared: chunks, prefetch, halves of
+        layers."""
         for _ in range(MOST_REFINED):
-            before = best
-            for change in self._changes(best.plan.policy):
-                knobs = {**_without_shares(best.plan.policy), **change}
-                choices = sorted(
-                    self._solved(knobs, self._fixed), key=lambda choice: choice.solution.seconds
-                )
-                best = self._replayed(choices[:1], best) or best
-            if best is before:
-                break
-        return best
+            before = self._best()
+            if before is None:
+                return
+            for change in self._changes(before.plan.policy):
+                knobs = {**_without_shares(before.plan.policy), **change}
+                choices = self._solved(knobs, self._fixed)
+                self._replay(sorted(choices, key=self._promise)[:1])
+            if self._best() is before:
+                return
 
     def _changes(self, policy: Policy) -> Iterator[dict[str, Any]]:
         given = self._given

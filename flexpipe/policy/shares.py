@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -53,11 +54,12 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Solution:
-    """Shares, and the seconds of all steps with perfect overlap."""
+    """Shares, and with perfect overlap the seconds of all steps, and of a request in flight."""
 
     weights: Shares
     kv_cache: Shares
     seconds: float
+    latency_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +89,19 @@ class SharesProgramme:
     """The programme of one choice of everything but the shares of weights and KV cache."""
 
     def __init__(
-        self, make: MakePlan, machine: Machine, demand: Demand, knobs: Mapping[str, Any]
+        self,
+        make: MakePlan,
+        machine: Machine,
+        demand: Demand,
+        knobs: Mapping[str, Any],
+        most_written: float = inf,
     ) -> None:
+        """`most_written` bytes may go to disk in all."""
         self._make = make
         self._machine = machine
         self._demand = demand
         self._knobs = {name: value for name, value in knobs.items() if name not in KINDS}
+        self._most_written = most_written
         self._pures: dict[tuple[Tier, Tier], _Pure] = {}
         self._phases: tuple[Phase, ...] = ()
 
@@ -111,7 +120,8 @@ class SharesProgramme:
         room = self._room(shares)
         if all(share.low == share.high for share in shares):
             values = np.array([share.low for share in shares])
-            return self._solution(shares, values) if _fits(shares, values, room) else None
+            fits = _fits(shares, values, room) and self._written(shares) @ values <= self._writable
+            return self._solution(shares, values) if fits else None
         return self._solved(shares, room)
 
     def _variables(self, kind: str, fixed: Shares | None, moves: bool) -> Iterator[_Share]:
@@ -134,11 +144,30 @@ class SharesProgramme:
             for tier in self._machine.tiers
         }
 
+    @property
+    def _writable(self) -> float:
+        """Bytes, counted from a plan that rests beside the device."""
+        device = self._machine.device_tier
+        return self._most_written - self._written_by(self._pure(device, device))
+
+    def _written(self, shares: Sequence[_Share]) -> FloatArray:
+        """Bytes to disk that each share adds."""
+        device = self._machine.device_tier
+        base = self._written_by(self._pure(device, device))
+        return np.array([self._written_by(share.pure) - base for share in shares])
+
+    def _written_by(self, pure: _Pure) -> float:
+        pairs = zip(self._phases, pure.works, strict=True)
+        return sum(phase.num_steps * work.num_bytes.get("disk_write", 0.0) for phase, work in pairs)
+
     def _solved(self, shares: Sequence[_Share], room: Bytes) -> Solution | None:
         num, count = len(shares), len(self._phases)
         held = np.array([[share.num_bytes(tier) for share in shares] for tier in room])
         rows = [np.hstack([held / _SCALE, np.zeros((len(room), count))])]
         limits = [np.array(list(room.values())) / _SCALE]
+        if self._most_written < inf:
+            rows.append(np.hstack([self._written(shares) / _SCALE, np.zeros(count)])[None])
+            limits.append(np.array([self._writable / _SCALE]))
         for index in range(count):
             slopes, least = self._work(shares, index)
             took = np.zeros((len(least), count))
@@ -164,15 +193,15 @@ class SharesProgramme:
         return self._solution(shares, found.x[:num]) if found.success else None
 
     def _solution(self, shares: Sequence[_Share], values: FloatArray) -> Solution:
-        seconds = 0.0
-        for index, phase in enumerate(self._phases):
-            slopes, least = self._work(shares, index)
-            seconds += phase.num_steps * float((slopes @ values + least).max())
+        works = [self._work(shares, index) for index in range(len(self._phases))]
+        step_s = [float((slopes @ values + least).max()) for slopes, least in works]
+        all_s = [phase.num_steps * s for phase, s in zip(self._phases, step_s, strict=True)]
         kinds = {
             kind: tidy({s.tier: v for s, v in zip(shares, values, strict=True) if s.kind == kind})
             for kind in KINDS
         }
-        return Solution(**kinds, seconds=seconds)
+        latency_s = all_s[0] + (self._demand.output - 1) * step_s[-1]
+        return Solution(**kinds, seconds=sum(all_s), latency_s=latency_s)
 
     def _work(self, shares: Sequence[_Share], index: int) -> tuple[FloatArray, FloatArray]:
         """Of one kind of step, per lane and link: seconds that each share adds, and those with all
@@ -210,7 +239,7 @@ def _fits(shares: Sequence[_Share], values: FloatArray, room: Bytes) -> bool:
 
 def tidy(values: Mapping[Tier, float]) -> Shares:
     """Shares in millionths, as a file shows them; what they lack to 1 is the slowest tier's."""
-    clean = {tier: round(min(1.0, max(0.0, values.get(tier, 0.0))), 6) for tier in Tier}
+    clean = {tier: round(float(min(1.0, max(0.0, values.get(tier, 0.0)))), 6) for tier in Tier}
     last = [tier for tier in Tier if clean[tier]][-1]
     clean[last] = round(clean[last] + 1.0 - sum(clean.values()), 6)
     return Shares(**{tier.value: share for tier, share in clean.items()})

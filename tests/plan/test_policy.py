@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,12 +9,10 @@ from hypothesis import strategies as st
 from flexpipe.errors import PolicyError
 from flexpipe.plan.policy import (
     OPTION_NAMES,
-    STRATEGIES,
     Policy,
     Shares,
     knob,
     percent_shares,
-    read_policy_file,
 )
 from flexpipe.plan.tier import Tier
 
@@ -101,42 +97,6 @@ def test_a_gpu_budget_on_the_cpu_is_refused():
 
 def test_every_field_of_a_policy_has_an_option():
     assert set(OPTION_NAMES) == set(Policy.__dataclass_fields__)
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_policy_file_round_trips(tmp_path: Path, strategy):
-    import yaml
-
-    policy = Policy(strategy=strategy, weights=Shares(gpu=0.3, cpu=0.7), gpu_mem=2**30)
-    path = tmp_path / "policy.yaml"
-    path.write_text(yaml.safe_dump(policy.to_dict()))
-    assert Policy(**read_policy_file(path)) == policy
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("micro_batch_sise: 4", "did you mean micro_batch_size"),
-        ("weights: {gpu: 0.5, cpu: 0.6}", "add up to 1"),
-        ("weights: 0.5", "weights maps gpu, cpu and disk"),
-        ("weights: {gpu: 1.0, ram: 0.0}", "weights maps gpu, cpu and disk"),
-        ("separate_layers: 1", "separate_layers is true or false"),
-        ("gpu_mem: lots", "lots"),
-        ("- 1", "must map field names"),
-        ("a: [", "is not a YAML file"),
-    ],
-)
-def test_a_wrong_policy_file_is_refused_with_its_name_and_the_field(tmp_path, text, message):
-    path = tmp_path / "mine.yaml"
-    path.write_text(text)
-    with pytest.raises(PolicyError, match=message) as error:
-        read_policy_file(path)
-    assert "mine.yaml" in str(error.value)
-
-
-def test_a_policy_file_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(PolicyError, match=r"cannot read the policy file .*none\.yaml"):
-        read_policy_file(tmp_path / "none.yaml")
 
 
 def test_budgets_in_a_file_may_have_units_or_be_absent():

@@ -11,7 +11,8 @@ import pytest
 from flexpipe.model.families import read_config
 from flexpipe.plan.block import Need
 from flexpipe.plan.plan import Budgets, Plan, Planner
-from flexpipe.plan.policy import Policy, Shares, read_policy_file
+from flexpipe.plan.policy import Policy, Shares
+from flexpipe.plan.policy_file import PolicyFile
 from flexpipe.plan.tier import Tier
 from flexpipe.policy.profile import OVERHEADS, Profile, Rates, read_profile
 from flexpipe.preset import find_preset, hardware_file, policy_file, preset_names
@@ -128,21 +129,21 @@ PUBLISHED: Mapping[str, tuple[str, str, int]] = {  # model, throughput, prompts 
 
 @pytest.mark.parametrize("name", preset_names(""))
 def test_every_policy_preset_is_a_legal_policy(name: str) -> None:
-    Policy(**read_policy_file(policy_file(name)))
+    Policy(**PolicyFile.read(policy_file(name)).knobs)
 
 
 @pytest.mark.parametrize("name", list(PUBLISHED))
 def test_flexgens_policies_fit_the_machine_they_were_published_for(name: str) -> None:
     model, throughput, prompts = PUBLISHED[name]
     text = policy_file(name).read_text(encoding="utf-8")
-    policy = Policy(**read_policy_file(policy_file(name)))
+    policy = Policy(**PolicyFile.read(policy_file(name)).knobs)
     assert throughput in text.partition("weights:")[0] and "2303.06865" in text
     assert policy.micro_batch_size * policy.num_micro_batches == prompts
     assert _plan(model, policy, prompts).shortfalls() == {}
 
 
 def test_the_twenty_percent_flexgen_was_asked_for_do_not_fit_its_machine() -> None:
-    given = read_policy_file(policy_file("flexgen-opt-30b-t4"))
+    given = PolicyFile.read(policy_file("flexgen-opt-30b-t4")).knobs
     asked = given | {"weights": Shares(gpu=0.2, cpu=0.8), "max_batch_tokens": 2048}
     missing = _plan("opt-30b", Policy(**asked), 144).shortfalls()
     assert set(missing) == {Tier.GPU} and GIB < missing[Tier.GPU] < 3 * GIB
@@ -150,7 +151,7 @@ def test_the_twenty_percent_flexgen_was_asked_for_do_not_fit_its_machine() -> No
 
 def test_the_ablations_change_what_they_say_of_flexgens_policy() -> None:
     full, none, on_gpu = (
-        read_policy_file(policy_file(f"flexgen-opt-30b-t4{ending}"))
+        PolicyFile.read(policy_file(f"flexgen-opt-30b-t4{ending}")).knobs
         for ending in ("", "-no-overlap", "-no-cpu-attention")
     )
     assert none == full | {"strategy": "none"}

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from flexpipe.model.config import ModelConfig
 from flexpipe.model.families import read_config
-from flexpipe.plan.block import Need
+from flexpipe.plan.block import KV_PAGE, Need
 from flexpipe.plan.plan import Plan
 from flexpipe.plan.policy import STRATEGIES, Shares
 from flexpipe.plan.tier import Tier
-from flexpipe.policy.predict import EXACT_OPS, SAMPLED_OPS, predict
+from flexpipe.policy.predict import THOROUGH, Effort, predict
 from flexpipe.preset import find_preset
 from tests.policy.machine import OVERHEADS, SLOWDOWN, machine
 from tests.schedule.plans import tiny_config, tiny_plan
@@ -53,7 +53,7 @@ def test_a_prediction_adds_up(needs, strategy, rows):
     assert made.tier_bytes == {
         tier.value: plan.tier_bytes(tier) for tier in Tier if plan.tier_bytes(tier)
     }
-    for lane, busy_s in made.lane_busy_s.items():
+    for lane, busy_s in made.busy_s.items():
         assert busy_s <= made.run_s * (1 + 1e-9), lane
 
 
@@ -123,15 +123,18 @@ def job(name: str) -> tuple[Plan, list[Need]]:
 @pytest.mark.parametrize("name", JOBS)
 def test_a_long_job_is_told_from_few_steps_as_if_all_were_played(name):
     plan, needs = job(name)
-    whole = predict(plan, needs, REAL, exact_ops=WHOLE)
-    few = predict(plan, needs, REAL, exact_ops=0)
+    whole = predict(plan, needs, REAL, effort=Effort(exact_ops=WHOLE))
+    few = predict(plan, needs, REAL, effort=Effort(exact_ops=0))
     assert few.num_simulated < whole.num_simulated
     assert few.run_s == pytest.approx(whole.run_s, rel=0.05)
     assert few.latency_s == pytest.approx(whole.latency_s, rel=0.08)
     assert few.num_steps == pytest.approx(whole.num_steps, rel=0.03)
     assert few.bound_s == pytest.approx(whole.bound_s, rel=0.05)
+    # a row's last page, which may never fill, counts by its share
+    page = len(needs) * plan.config.num_layers * KV_PAGE // 2
     for link, num_bytes in whole.link_bytes.items():
-        assert few.link_bytes[link] == pytest.approx(num_bytes, rel=0.1), link
+        room = page if link == "disk_write" else 0
+        assert few.link_bytes[link] == pytest.approx(num_bytes, rel=0.1, abs=room), link
 
 
 def published(name: str) -> ModelConfig:
@@ -151,6 +154,6 @@ def test_a_job_of_days_is_told_from_a_bounded_number_of_ops():
     )
     made = predict(plan, needs, REAL)
     assert made.generated_tokens == 40_000 * 256
-    assert made.num_simulated <= max(EXACT_OPS, 2 * SAMPLED_OPS)
+    assert made.num_simulated <= max(THOROUGH.exact_ops, 2 * THOROUGH.sampled_ops)
     assert made.num_steps >= 40_000 / (32 * 8) * 256
     assert made.bound_s <= made.run_s

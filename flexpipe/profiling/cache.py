@@ -7,6 +7,7 @@ measured anew. `FLEXPIPE_PROFILE=FILE` stands for all of this: then nothing is e
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -16,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from flexpipe.errors import FlexpipeError
+from flexpipe.errors import FlexpipeError, PolicyError
 from flexpipe.plan.policy_file import write_whole
 from flexpipe.policy.profile import Profile, read_profile, render_profile
-from flexpipe.runtime.profile import (
+from flexpipe.profiling.machine import (
     Tell,
     machine_id,
     measure_profile,
@@ -59,7 +60,7 @@ def machine_profile(
     profile does not do.
     """
     if given := os.environ.get(PROFILE_VARIABLE):
-        return read_profile(Path(given))
+        return _checked(read_profile(Path(given)), device)
     measure = measure or Measure()
     dtypes = tuple(dtypes) or worthwhile_dtypes(measured_device(device).torch_device)
     path = profile_path(device, offload_dir)
@@ -78,6 +79,30 @@ def machine_profile(
         return made
     write_profile(path, made)
     return made
+
+
+def _checked(profile: Profile, device: str) -> Profile:
+    """A given profile, which must be of the kind of device in use; of another machine like it, it
+    is taken at its word, and that is told."""
+    used = measured_device(device).torch_device.type
+    kind = profile.device.partition(":")[0]
+    if kind != used:
+        raise PolicyError(
+            f"{PROFILE_VARIABLE} names a profile of {profile.name}, device {kind}, but layers run "
+            f"on {used}; name one of this machine, or unset {PROFILE_VARIABLE} to measure it"
+        )
+    if profile.machine != machine_id():
+        tell_once(f"{PROFILE_VARIABLE} names a profile of another machine: {profile.name}")
+    elif profile.threads != torch.get_num_threads():
+        threads = f"{profile.threads} threads, and torch has {torch.get_num_threads()}"
+        tell_once(f"{PROFILE_VARIABLE} names a profile of {threads}")
+    return profile
+
+
+@functools.cache
+def tell_once(line: str) -> None:
+    """A sweep asks for the profile at every point."""
+    log.info(line)
 
 
 def profile_path(device: str, offload_dir: Path) -> Path:

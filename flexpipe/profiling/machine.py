@@ -1,6 +1,6 @@
 """Measuring this machine: everything the cost model asks, as one `Profile`.
 
-Each part is measured alone, as the engine does it, by the modules `measure_*`; this one decides
+Each part is measured alone, as the engine does it, by the modules beside this one. Here is decided
 where: what computes in one thread with all intra-op threads, copies in one with a single one, so
 that no second team fights for the cores. Files lie in a folder of the offload directory that goes
 away with the measurement.
@@ -28,14 +28,14 @@ from flexpipe.model.matmul import packs
 from flexpipe.plan.hardware import free_memory
 from flexpipe.policy.curve import Curve, Surface
 from flexpipe.policy.profile import OVERHEADS, Profile, Rates
+from flexpipe.profiling.attention import PAIR_BYTES, AttentionTasks
+from flexpipe.profiling.effort import FULL, QUICK, Effort
+from flexpipe.profiling.links import DiskTasks, copy_tasks
+from flexpipe.profiling.overhead import op_times, overheads
+from flexpipe.profiling.products import ProductTasks
+from flexpipe.profiling.slowdown import slowdowns
+from flexpipe.profiling.stopwatch import Rated, Stopwatch, Task, TaskSource, rate_all
 from flexpipe.runtime.device import Device, open_device
-from flexpipe.runtime.effort import FULL, QUICK, Effort
-from flexpipe.runtime.measure_attention import PAIR_BYTES, AttentionTasks
-from flexpipe.runtime.measure_links import DiskTasks, copy_tasks
-from flexpipe.runtime.measure_overhead import op_times, overheads
-from flexpipe.runtime.measure_products import ProductTasks
-from flexpipe.runtime.measure_slowdown import slowdowns
-from flexpipe.runtime.stopwatch import Rated, Stopwatch, Task, TaskSource, rate_all
 from flexpipe.runtime.usable import usable_memory
 
 CPU = torch.device("cpu")
@@ -68,7 +68,8 @@ def measure_profile(
             progress("links and the disk")
             links = _links(device, disk, effort)
             read_s = 1 / _watch(CPU, effort).rate(disk.read_page())
-            tries.append(_op_times(device, offload.job, effort))
+            if not effort.quick:
+                tries.append(_op_times(device, offload.job, effort))
             rates = _compute(device.torch_device, dtypes, effort, progress)
             host = None if device.torch_device == CPU else _host(dtypes, effort, progress)
             progress("how activities disturb each other")
@@ -263,6 +264,8 @@ def _rates(found: Rated) -> Rates:
         "prefill_attention": _curves,
         "decode_attention": _curves,
         "elementwise": _curves,
+        "rotary": _curves,
+        "gating": _curves,
     }
     return Rates(
         **{item.name: forms.get(item.name, _flat)(found, item.name) for item in fields(Rates)}

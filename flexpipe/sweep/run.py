@@ -19,11 +19,11 @@ from typing import Any, TypeAlias
 
 from flexpipe.errors import FlexpipeError, ModelError, RunError
 from flexpipe.job.bench import Workload
-from flexpipe.job.child import Ended, run_flexpipe
-from flexpipe.job.ledger import Ledger
-from flexpipe.job.point import Point
-from flexpipe.job.ranking import Row
 from flexpipe.job.spec import JobSpec
+from flexpipe.sweep.child import Ended, run_flexpipe
+from flexpipe.sweep.ledger import Ledger
+from flexpipe.sweep.point import Point
+from flexpipe.sweep.ranking import Row
 from flexpipe.units import format_seconds
 
 # From the knobs of a point and its workload: at least total_s, generated_tokens_per_s, latency_s
@@ -46,8 +46,12 @@ class BenchCommand:
 
     def __call__(self, point: Point) -> Ended:
         # the knobs go in as a policy file, exactly as they are: JSON is YAML
-        knobs = json.dumps(point.asked["knobs"])
-        return run_flexpipe(self.arguments(point), stdin=knobs, timeout_s=self.timeout_s)
+        policy = dict(point.asked["knobs"])
+        if self.spec.made_for is not None:
+            policy["made_for"] = asdict(self.spec.made_for)
+        return run_flexpipe(
+            self.arguments(point), stdin=json.dumps(policy), timeout_s=self.timeout_s
+        )
 
     def arguments(self, point: Point) -> list[str]:
         """The command line, its policy on stdin."""

@@ -25,18 +25,18 @@ from flexpipe.policy.profile import (
     read_profile,
     render_profile,
 )
-from flexpipe.runtime import profile_cache
-from flexpipe.runtime.effort import FULL, QUICK, Effort
-from flexpipe.runtime.measure_products import ProductTasks
-from flexpipe.runtime.measure_slowdown import slowdowns
-from flexpipe.runtime.profile import machine_id, measure_profile, with_dtypes
-from flexpipe.runtime.profile_cache import (
+from flexpipe.profiling import cache
+from flexpipe.profiling.cache import (
     Measure,
     machine_profile,
     profile_path,
     write_profile,
 )
-from flexpipe.runtime.stopwatch import Rated, Stopwatch, Task, TaskSource, rate_all
+from flexpipe.profiling.effort import FULL, QUICK, Effort
+from flexpipe.profiling.machine import machine_id, measure_profile, with_dtypes
+from flexpipe.profiling.products import ProductTasks
+from flexpipe.profiling.slowdown import slowdowns
+from flexpipe.profiling.stopwatch import Rated, Stopwatch, Task, TaskSource, rate_all
 from flexpipe.units import MIB
 
 KIB = 1024
@@ -92,7 +92,7 @@ def test_what_computes_is_measured_with_all_threads_and_what_moves_with_one(
         threads.append(torch.get_num_threads())
         return rate_all(sources, watch, rounds)
 
-    monkeypatch.setattr("flexpipe.runtime.profile.rate_all", watched)
+    monkeypatch.setattr("flexpipe.profiling.machine.rate_all", watched)
     measure_profile("cpu", tmp_path, ("float32",), quick=True, effort=TINY)
     *moves, computes = threads
     assert set(moves) == {1}
@@ -286,7 +286,7 @@ def test_mounts_and_numbers_of_threads_have_profiles_of_their_own(
     ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = {profile_path("cpu", tmp_path)}
-    monkeypatch.setattr(profile_cache, "mount_of", lambda directory: "/elsewhere")
+    monkeypatch.setattr(cache, "mount_of", lambda directory: "/elsewhere")
     paths.add(profile_path("cpu", tmp_path))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     paths.add(profile_path("cpu", tmp_path))
@@ -308,6 +308,43 @@ def test_the_variable_stands_for_everything_and_nothing_is_measured(
     monkeypatch.setenv("FLEXPIPE_PROFILE", str(tmp_path / "missing.yaml"))
     with pytest.raises(PolicyError, match=r"missing\.yaml"):
         ask("float32")
+
+
+def test_a_given_profile_of_another_kind_of_device_is_refused(
+    ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "given.yaml"
+    write_profile(path, profile(device="cuda"))
+    monkeypatch.setenv("FLEXPIPE_PROFILE", str(path))
+    with pytest.raises(PolicyError, match="of nowhere, device cuda, but layers run on cpu"):
+        ask("float32")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"machine": "another"}, ["a profile of another machine: nowhere"]),
+        ({"threads": 77}, ["a profile of 77 threads, and torch has"]),
+        ({}, []),
+    ],
+)
+def test_a_given_profile_of_another_machine_is_told_once(
+    ask: Ask,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    changes: dict[str, Any],
+    told: list[str],
+) -> None:
+    cache.tell_once.cache_clear()
+    path = tmp_path / "given.yaml"
+    write_profile(path, profile(**{"threads": torch.get_num_threads(), **changes}))
+    monkeypatch.setenv("FLEXPIPE_PROFILE", str(path))
+    with caplog.at_level(logging.INFO, "flexpipe"):
+        ask("float32")
+        ask("float32")
+    assert len(caplog.messages) == len(told)
+    assert all(text in line for text, line in zip(told, caplog.messages, strict=True))
 
 
 def parse_profile_text(text: str) -> Profile:

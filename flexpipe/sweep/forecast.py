@@ -8,13 +8,15 @@ from typing import Any
 from flexpipe.job.bench import Workload
 from flexpipe.job.outlook import Outlook, Shape
 from flexpipe.job.spec import DEFAULT_OFFLOAD_DIR, JobSpec
-from flexpipe.job.sweep import Forecast
 from flexpipe.policy.predict import predict
+from flexpipe.sweep.run import Forecast
 
 
 def forecaster(spec: JobSpec) -> Forecast:
     """Predicts points of the sweep `spec` on this machine."""
     shape = Shape.open(spec.model, spec.revision)
+    if spec.made_for is not None:
+        spec.made_for.check(shape.name, shape.config)
     offload_dir = (spec.offload_dir or DEFAULT_OFFLOAD_DIR).expanduser()
 
     def forecast(knobs: Mapping[str, Any], workload: Workload) -> Mapping[str, Any]:

@@ -15,16 +15,17 @@ import pytest
 
 from flexpipe.errors import ModelError, PlanError, RunError
 from flexpipe.job.bench import FIGURES, Workload
-from flexpipe.job.child import Ended
-from flexpipe.job.grid import parse_vary
-from flexpipe.job.ledger import Ledger, read_ledger
-from flexpipe.job.pareto import Spot, draw_pareto, frontier
-from flexpipe.job.point import Point, make_points
-from flexpipe.job.ranking import Row, best_first, render
 from flexpipe.job.spec import JobSpec
-from flexpipe.job.sweep import BenchCommand, run_sweep
 from flexpipe.plan.hardware import Emulation
-from flexpipe.plan.policy import Policy, Shares, read_policy_file
+from flexpipe.plan.policy import Policy, Shares
+from flexpipe.plan.policy_file import PolicyFile
+from flexpipe.sweep.child import Ended
+from flexpipe.sweep.grid import parse_vary
+from flexpipe.sweep.ledger import Ledger, read_ledger
+from flexpipe.sweep.pareto import Spot, draw_pareto, frontier
+from flexpipe.sweep.point import Point, make_points
+from flexpipe.sweep.ranking import Row, best_first, render
+from flexpipe.sweep.run import BenchCommand, run_sweep
 
 SPEC = JobSpec(model="m", input_path=Path("in"), output_path=Path("out"), device="emulated")
 LOAD = {"prompt_len": 16, "gen_len": 4, "warmup": 1, "repetitions": 3}
@@ -152,7 +153,7 @@ def test_bench_gets_the_point_and_nothing_else(tmp_path: Path) -> None:
     }
     file = tmp_path / "policy.yaml"
     file.write_text(json.dumps(point.asked["knobs"]))
-    assert read_policy_file(file) == point.knobs
+    assert PolicyFile.read(file).knobs == point.knobs
     assert point.knobs["kv_cache"] == Shares(gpu=0.5, cpu=0.5) and point.knobs["cpu_mem"] is None
 
 

@@ -1,0 +1,362 @@
+"""How well does the policy engine know what a job will take, before it runs?
+
+Jobs under unlike policies (`unlike_policies.py`), each predicted from this machine's profile and
+then run. The order keeps it honest, and the files in the directory given show it: the profile is
+measured first, all predictions are written next, only then do jobs run, a warm-up and three
+repetitions of each, every one in a process of its own. Run again, it goes on where it ended.
+
+A third of the jobs, drawn by a seed, is held out: without --final they are neither run nor shown,
+so that what the others teach (--predict-again) can be judged by jobs that taught nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.quiet import QUIET_CORES, quietly
+from benchmarks.trial import REPO, machine, markdown
+from benchmarks.unlike_policies import CASES, HELD_OUT, HELD_OUT_SEED, SHAPES, Case
+from flexpipe.job.batcher import Entry
+from flexpipe.job.prepare import Model, plan_job
+from flexpipe.job.report import Report
+from flexpipe.job.run import run_job
+from flexpipe.job.spec import JobSpec
+from flexpipe.memory.offload import OffloadDirectory
+from flexpipe.policy.predict import Prediction, predict
+from flexpipe.policy.profile import Profile, read_profile, render_profile
+from flexpipe.profiling.cache import PROFILE_VARIABLE
+from flexpipe.profiling.machine import measure_profile
+
+PROFILE, PREDICTIONS = "profile.yaml", "predictions.json"
+TIMES = ("total", "load", "prefill", "decode")
+
+
+def job_spec(case: Case, directory: Path, scratch: Path) -> JobSpec:
+    """The case as a job; models and their compressed forms are kept in `directory`."""
+    return JobSpec(
+        model=str(_model(case, directory)),
+        input_path=_prompts(case, scratch / "prompts.jsonl"),
+        output_path=scratch / "results.jsonl",
+        ignore_eos=True,
+        device=case.device,
+        emulation=case.emulation,
+        given=case.given,
+        load_format="dummy",
+        offload_dir=directory / "offload",
+        overwrite=True,
+        progress=False,
+    )
+
+
+def _model(case: Case, directory: Path) -> Path:
+    path = directory / "models" / case.shape.replace(" ", "-").replace(",", "")
+    path.mkdir(parents=True, exist_ok=True)
+    _write(path / "config.json", SHAPES[case.shape].config())
+    return path
+
+
+def _prompts(case: Case, path: Path) -> Path:
+    with path.open("w", encoding="utf-8") as file:
+        for index, need in enumerate(case.requests):
+            tokens = [4 + (7 * index + 13 * place) % 30000 for place in range(need.prompt)]
+            line = {"id": index, "prompt_token_ids": tokens, "max_tokens": need.output}
+            print(json.dumps(line), file=file)
+    return path
+
+
+def predicted(case: Case, directory: Path, profile: Profile) -> Prediction:
+    """What the engine would say of the case: its own plan, and the job played on the profile."""
+    with tempfile.TemporaryDirectory() as scratch:
+        spec = job_spec(case, directory, Path(scratch))
+        entries = [
+            Entry(index, index, 0, need.prompt, need.output)
+            for index, need in enumerate(case.requests)
+        ]
+        with OffloadDirectory(directory / "offload") as offload:
+            model = Model.open(spec, offload, needs_text=False)
+            plan, _, _ = plan_job(spec, model, entries, offload)
+        return predict(plan, case.requests, profile, case.emulation)
+
+
+def run_once(case: Case, directory: Path) -> dict[str, Any]:
+    """The figures of one run, in this process."""
+    with tempfile.TemporaryDirectory() as scratch:
+        spec = job_spec(case, directory, Path(scratch))
+        before = pace()
+        figures = _figures(run_job(spec))
+        after = pace()
+    return {**figures, "pace": {name: (before[name] + after[name]) / 2 for name in before}}
+
+
+def pace() -> dict[str, float]:
+    """How fast the machine is just now, to tell its own changes from wrong predictions: FLOPs of a
+    product and bytes of a copy, per second. No prediction reads it."""
+
+    def run() -> dict[str, float]:
+        size = 1024
+        a, b = torch.ones(size, size), torch.empty(size, size)
+        big = torch.ones(2, 1 << 24)
+        return {
+            "product": 2 * size**3 * _per_second(lambda: torch.mm(a, a, out=b)),
+            "copy": big[0].nbytes * _per_second(lambda: big[0].copy_(big[1])),
+        }
+
+    with ThreadPoolExecutor(1) as thread:  # its team of workers ends with it
+        return thread.submit(run).result()
+
+
+def _per_second(work: Callable[[], object], seconds: float = 0.2) -> float:
+    work()
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() < start + seconds:
+        work()
+        count += 1
+    return count / (time.perf_counter() - start)
+
+
+def _figures(report: Report) -> dict[str, Any]:
+    return {
+        "total_s": report.load_s + report.prefill_s + report.decode_s,
+        "load_s": report.load_s,
+        "prefill_s": report.prefill_s,
+        "decode_s": report.decode_s,
+        "link_bytes": {link.name: link.bytes for link in report.links},
+        "tier_bytes": {tier.tier: tier.measured_bytes for tier in report.tiers},
+        "lane_busy_s": {lane.name: lane.busy_s for lane in report.lanes},
+    }
+
+
+def write_profile(directory: Path) -> None:
+    """The machine's, as `flexpipe profile` measures it."""
+    (taken,) = quietly(lambda: measure_profile("cpu", directory / "offload", quick=False))
+    _write(directory / "pace.json", {"others_cores": taken.others, **pace()})
+    (directory / PROFILE).write_text(render_profile(taken.value), encoding="utf-8")
+
+
+def write_predictions(directory: Path) -> None:
+    """All of them, safe on the disk before anything runs."""
+    rows = {case.name: _apart("--predict", case, directory) for case in CASES}
+    _write(directory / PREDICTIONS, {"made_at": time.time(), "machine": machine(), "rows": rows})
+
+
+def predict_once(case: Case, directory: Path) -> dict[str, Any]:
+    """What is kept of a prediction, and how long it took."""
+    profile = read_profile(directory / PROFILE)
+    start = time.perf_counter()
+    made = predicted(case, directory, profile)
+    kept = {name: value for name, value in asdict(made).items() if name != "spans"}
+    return {**kept, "total_s": made.total_s, "took_s": time.perf_counter() - start}
+
+
+def run_all(
+    directory: Path, cases: Sequence[Case], repetitions: int, cores: float, lock: Path | None
+) -> None:
+    """Those without a result yet, one after the other."""
+    for case in cases:
+        path = _result(directory, case)
+        if path.exists():
+            continue
+        print(f"{time.strftime('%H:%M:%S')} {case.name}", file=sys.stderr)
+        started_at = time.time()
+        with _held(lock):
+            _apart("--run", case, directory)  # compresses weights, warms the machine up
+            again = partial(_apart, "--run", case, directory)
+            taken = quietly(again, count=repetitions, cores=cores)
+        runs = [{**one.value, "others_cores": one.others} for one in taken]
+        path.parent.mkdir(exist_ok=True)
+        _write(path, {"started_at": started_at, "machine": machine(), "runs": runs})
+
+
+def _apart(what: str, case: Case, directory: Path) -> dict[str, Any]:
+    """In a process of its own, so that nothing is left in memory from another."""
+    command = [sys.executable, "-m", "benchmarks.prediction", str(directory), what, case.name]
+    ran = subprocess.run(command, cwd=REPO, check=True, stdout=subprocess.PIPE, text=True)
+    return dict(json.loads(ran.stdout.splitlines()[-1]))
+
+
+@contextmanager
+def _held(lock: Path | None) -> Iterator[None]:
+    if lock is None:
+        yield
+        return
+    with lock.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _result(directory: Path, case: Case) -> Path:
+    return directory / "runs" / f"{CASES.index(case):02}.json"
+
+
+def compare(directory: Path, cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """Predicted beside measured, the median of the repetitions, and the error of the former."""
+    predictions = _read(directory / PREDICTIONS)
+    found = []
+    for case in cases:
+        result = _read(_result(directory, case))
+        row = predictions["rows"][case.name]
+        runs = result["runs"]
+        totals = [run["total_s"] for run in runs]
+        found.append(
+            {
+                "case": case.name,
+                "held_out": case.name in HELD_OUT,
+                "predicted_first": predictions["made_at"] < result["started_at"],
+                "predicted": row,
+                "measured": _median(runs),
+                "spread": max(totals) / min(totals) - 1,
+            }
+        )
+        found[-1]["error"] = _errors(found[-1]["predicted"], found[-1]["measured"])
+    return found
+
+
+def _median(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of every figure; byte counts and busy times stay by name."""
+    first = runs[0]
+    return {
+        key: _median([run[key] for run in runs])
+        if isinstance(value, dict)
+        else statistics.median(run[key] for run in runs)
+        for key, value in first.items()
+    }
+
+
+def _errors(told: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, float]:
+    """(predicted - measured) / measured, of times, bytes over each link and each tier's memory."""
+    errors = {name: told[f"{name}_s"] / found[f"{name}_s"] - 1 for name in TIMES
+              if found[f"{name}_s"]}  # fmt: skip
+    for kind in ("link_bytes", "tier_bytes"):
+        for name, num_bytes in found[kind].items():
+            errors[name] = told[kind].get(name, 0) / num_bytes - 1
+    return errors
+
+
+def tables(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "\n\n".join([_times(rows), _bytes(rows), _summary(rows)])
+
+
+def _times(rows: Sequence[Mapping[str, Any]]) -> str:
+    def cells(row: Mapping[str, Any]) -> Iterator[str]:
+        told, found = row["predicted"], row["measured"]
+        yield row["case"] + (" †" if row["held_out"] else "")
+        for name in TIMES:
+            yield f"{told[f'{name}_s']:.2f} / {found[f'{name}_s']:.2f}"
+        yield f"{row['error']['total']:+.0%}"
+        yield f"{row['spread']:.0%}"
+
+    head = ("job (predicted / measured, s)", *TIMES, "error", "spread")
+    return markdown(head, [list(cells(row)) for row in rows])
+
+
+def _bytes(rows: Sequence[Mapping[str, Any]]) -> str:
+    names = ("h2d", "d2h", "disk_read", "disk_write", "gpu", "cpu", "disk")
+
+    def cells(row: Mapping[str, Any]) -> Iterator[str]:
+        yield row["case"]
+        kinds = ["link_bytes"] * 4 + ["tier_bytes"] * 3
+        for kind, name in zip(kinds, names, strict=True):
+            found = row["measured"][kind].get(name)
+            if not found:
+                yield ""
+            else:
+                error = row["error"][name]
+                yield f"{found / 1e9:.2f} {'' if abs(error) < 5e-4 else f'({error:+.1%})'}".strip()
+
+    head = ("job (measured GB, and the prediction's error)", *names)
+    return markdown(head, [list(cells(row)) for row in rows])
+
+
+def _summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    def line(name: str, some: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[str]:
+        errors = [abs(row["error"][key]) for row in some for key in keys if key in row["error"]]
+        if not errors:
+            return [name, "0", "", ""]
+        return [name, str(len(errors)), f"{statistics.median(errors):.1%}", f"{max(errors):.1%}"]
+
+    lines = [
+        line("total", rows, ("total",)),
+        line("total, held out", [row for row in rows if row["held_out"]], ("total",)),
+        line("load", rows, ("load",)),
+        line("prefill", rows, ("prefill",)),
+        line("decode", rows, ("decode",)),
+        line("bytes over links", rows, ("h2d", "d2h", "disk_read", "disk_write")),
+        line("memory of tiers", rows, ("gpu", "cpu", "disk")),
+    ]
+    return markdown(("error of", "figures", "median", "worst"), lines)
+
+
+def _write(path: Path, value: Any) -> None:
+    """Whole, and on the disk when this returns."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("directory", type=Path, help="keeps profile, predictions, runs, models")
+    parser.add_argument("--final", action="store_true", help="run and show the held-out jobs too")
+    parser.add_argument("--predict-again", action="store_true", help="with the code as it is now")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument(
+        "--others",
+        type=float,
+        default=QUIET_CORES,
+        help="cores that others may keep busy",
+    )
+    parser.add_argument("--lock", type=Path, help="a file to lock while a job is measured")
+    parser.add_argument("--json", type=Path, help="write the raw figures here")
+    parser.add_argument("--predict", help=argparse.SUPPRESS)  # one job, in this process
+    parser.add_argument("--run", help=argparse.SUPPRESS)  # likewise
+    args = parser.parse_args()
+    directory: Path = args.directory.absolute()
+    os.environ[PROFILE_VARIABLE] = str(directory / PROFILE)  # also for what the runs predict
+    if args.predict or args.run:
+        case = next(case for case in CASES if case.name == (args.predict or args.run))
+        print(json.dumps((predict_once if args.predict else run_once)(case, directory)))
+        return 0
+    directory.mkdir(parents=True, exist_ok=True)
+    with _held(args.lock):
+        if not (directory / PROFILE).exists():
+            write_profile(directory)
+        if args.predict_again or not (directory / PREDICTIONS).exists():
+            write_predictions(directory)
+    cases = [case for case in CASES if args.final or case.name not in HELD_OUT]
+    run_all(directory, cases, args.repetitions, args.others, args.lock)
+    rows = compare(directory, cases)
+    if args.final and not all(row["predicted_first"] for row in rows):
+        raise SystemExit("a job ran before its prediction was made; start in a new directory")
+    print(tables(rows))
+    if args.json is not None:
+        facts = {"machine": machine(), "held_out_seed": HELD_OUT_SEED, "rows": rows}
+        _write(args.json, facts)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
