@@ -16,7 +16,7 @@ from benchmarks.searched_workloads import NAIVE, NUM_DRAWN, SEARCHED, WORKLOADS,
 from flexpipe.sweep.point import Point, make_points
 from flexpipe.sweep.ranking import Row
 
-IN_RAM = WORKLOADS[0]
+IN_RAM = next(one for one in WORKLOADS if one.name == "in RAM")
 
 
 def measured_rows(points: Sequence[Point], rates: Mapping[str, float]) -> list[Row]:
