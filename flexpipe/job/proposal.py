@@ -76,7 +76,8 @@ class Proposal:
             f"{self.num_requests} requests,",
             f"{made.prompt_tokens} prompt tokens, {made.generated_tokens} to generate; machine: "
             f"{self.profile}.",
-            f"Predicted: {format_count(made.generated_tokens_per_s)} tokens/s, {format_seconds(made.total_s)}"
+            f"Predicted: {format_count(made.generated_tokens_per_s)} tokens/s, "
+            f"{format_seconds(made.total_s)}"
             f" in all; {made.bottleneck} is the bottleneck.",
         )
         return render_policy(self.plan.policy, MadeFor.of(self.model, self.plan.config), opening)
@@ -151,7 +152,7 @@ class Proposal:
         made, policy = one.prediction, one.plan.policy
         because = f"{made.bottleneck} needs {format_seconds(made.bound_s)}"
         differs = difference(policy.to_dict(), self.plan.policy.to_dict()) or "nothing"
-        return name, f"{format_count(made.generated_tokens_per_s)}", because, differs
+        return name, format_count(made.generated_tokens_per_s), because, differs
 
     def _tier_row(self, tier: Tier) -> tuple[str, ...]:
         return tier.value, *(format_bytes(size) for size in self._tier(tier).values())
