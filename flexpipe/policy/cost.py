@@ -148,8 +148,9 @@ class CostModel:
 
     @cached_property
     def load_s(self) -> float:
-        """Seconds to bring the weights home, from the checkpoint to the last byte packed."""
-        seconds = 0.0
+        """Seconds to take the pools and to bring the weights home, from the checkpoint to the last
+        byte packed."""
+        seconds = self._pools_s
         for placed in self.plan.placement.tensors.values():
             if placed.home == Tier.DISK:
                 continue
@@ -160,6 +161,21 @@ class CostModel:
             if rate is not None and not same and placed.codec is None:
                 seconds += placed.spec.num_elements / rate
         return seconds
+
+    @property
+    def _pools_s(self) -> float:
+        """Host memory is populated when it is taken; packed weights are taken as they come."""
+        rate = self.profile.load.get("pools")
+        if rate is None:
+            return 0.0
+        device = self.plan.device_tier
+        on_host = {Tier.CPU, device} if self.emulation or device == Tier.CPU else {Tier.CPU}
+        taken = [
+            pool.num_bytes
+            for pool in self.plan.pools
+            if pool.tier in on_host and (pool.name, pool.tier) != ("weights", device)
+        ]
+        return sum(taken) / rate
 
     def shape(self, batch: MicroBatch) -> Shape:
         """The micro-batch's shape, found once per step."""

@@ -86,7 +86,8 @@ class Profile:
     does not read but for `h2d_pageable` and `d2h_pageable`, where host memory is not page-
     locked. `slowdown["compute", "disk_read"]` is how much longer compute takes while the disk
     is read; a pair that is absent does not disturb. `load` is numbers per second that loading
-    converts and packs, per dtype at home. `machine` and `mount` say where it was measured.
+    converts and packs, per dtype at home, and bytes per second of "pools" taken. `machine` and
+    `mount` say where it was measured.
     """
 
     name: str

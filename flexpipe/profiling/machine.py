@@ -13,6 +13,7 @@ import datetime
 import hashlib
 import os
 import platform
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
@@ -24,6 +25,7 @@ import psutil
 import torch
 
 from flexpipe.memory.offload import OffloadDirectory
+from flexpipe.memory.tier import populated
 from flexpipe.model.matmul import packs
 from flexpipe.plan.hardware import free_memory
 from flexpipe.policy.curve import Curve, Surface
@@ -37,8 +39,10 @@ from flexpipe.profiling.slowdown import slowdowns
 from flexpipe.profiling.stopwatch import Rated, Stopwatch, Task, TaskSource, rate_all
 from flexpipe.runtime.device import Device, open_device
 from flexpipe.runtime.usable import usable_memory
+from flexpipe.units import MIB
 
 CPU = torch.device("cpu")
+_POOL_BYTES, _POOLS = 64 * MIB, 4
 
 Tell = Callable[[str], None]
 _T = TypeVar("_T")
@@ -87,7 +91,7 @@ def measure_profile(
         host=host,
         overhead_s={name: overhead_s[name] for name in OVERHEADS},
         slowdown=slowdown,
-        load=_flat(rates, "load"),
+        load={**_flat(rates, "load"), "pools": _populating()},
         details=_curves(links, "details"),
         threads=torch.get_num_threads(),
         quick=effort.quick,
@@ -229,6 +233,14 @@ def _host(dtypes: Sequence[str], effort: Effort, progress: Tell) -> Rates:
         sources += [products.least(dtype), *attention.decoding(dtype)]
     progress("attention on the CPU")
     return _rates(_in_thread(partial(rate_all, sources, watch, effort.rounds)))
+
+
+def _populating() -> float:
+    """Bytes per second of pools taken. Some at once, since the first come from what is at hand, and
+    a virtual machine's host may take twenty times as long to give more."""
+    start = time.perf_counter()
+    slabs = [populated(_POOL_BYTES, "measuring how fast pools are taken") for _ in range(_POOLS)]
+    return sum(slab.numel() for slab in slabs) / (time.perf_counter() - start)
 
 
 def _slowdowns(
