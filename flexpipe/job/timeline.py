@@ -73,8 +73,8 @@ class Timeline:
             plain_table(("link", "moved", "busy"), self._links()),
             plain_table(("tier", "planned", "budget"), self._tiers()),
             f"{format_count(made.generated_tokens_per_s)} tokens/s; {made.bottleneck} is the "
-            f"bottleneck: it alone needs {format_seconds(made.bound_s)}, {made.bound_share:.0%} of prefill "
-            "and decode",
+            f"bottleneck: it alone needs {format_seconds(made.bound_s)}, {made.bound_share:.0%} of "
+            "prefill and decode",
         ]
         return "\n\n".join(part for part in lines if part)
 
