@@ -13,6 +13,7 @@ import datetime
 import hashlib
 import os
 import platform
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -198,18 +199,21 @@ def _op_times(device: Device, directory: Path, effort: Effort) -> dict[str, floa
 
 
 def _links(device: Device, disk: DiskTasks, effort: Effort) -> Rated:
-    """Further figures are for people: one round of them will do."""
-    watch = _watch(device.torch_device, effort)
-    sources: list[TaskSource] = [
-        partial(copy_tasks, device, effort),
-        partial(disk.moves, effort.transfers),
-    ]
+    """A disk's rate is what it keeps up, so neither the best of its rounds nor a moment's. Further
+    figures are for people: one round of them will do."""
+    watch, longer = _watch(device.torch_device, effort), Stopwatch(CPU, effort.disk_window_s)
+    copies = [partial(copy_tasks, device, effort)]
+    moves = [partial(disk.moves, effort.transfers)]
     further: list[TaskSource] = [] if effort.quick else [disk.details]
     if device.has_streams and not effort.quick:
         further.append(partial(copy_tasks, device, effort, pin=False))
 
     def rate() -> Rated:
-        return {**rate_all(sources, watch, effort.rounds), **rate_all(further, watch, 1)}
+        return {
+            **rate_all(copies, watch, effort.rounds),
+            **rate_all(moves, longer, effort.rounds, chosen=statistics.median),
+            **rate_all(further, watch, 1),
+        }
 
     return _in_thread(rate, num_threads=1)
 

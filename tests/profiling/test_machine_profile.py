@@ -44,6 +44,7 @@ TINY = replace(
     QUICK,
     rounds=1,
     window_s=0.0,
+    disk_window_s=0.0,
     weights=((64, 64), (512, 512)),
     rows=(1, 64),
     prefill=(16, 64),
