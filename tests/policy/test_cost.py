@@ -265,7 +265,7 @@ def price(model: CostModel, ops: Sequence[Op]) -> None:
         ([(0, 5), (0, 5), (0, 5)], 1),
         ([(0, 5), (0, 4), (0, 5)], 3),
         ([(8, 1), (0, 5), (8, 1)], 3),
-        ([(8, 1), None, (8, 1)], 2),  # a place between them is empty
+        ([(8, 1), None, (8, 1)], 1),  # an empty place costs next to nothing
     ],
 )
 def test_neighbours_that_do_the_same_attend_in_one_call(

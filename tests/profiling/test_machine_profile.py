@@ -90,9 +90,9 @@ def test_what_computes_is_measured_with_all_threads_and_what_moves_with_one(
 ) -> None:
     threads = []
 
-    def watched(sources: Sequence[TaskSource], watch: Stopwatch, rounds: int) -> Rated:
+    def watched(sources: Sequence[TaskSource], watch: Stopwatch, rounds: int, **how: Any) -> Rated:
         threads.append(torch.get_num_threads())
-        return rate_all(sources, watch, rounds)
+        return rate_all(sources, watch, rounds, **how)
 
     monkeypatch.setattr("flexpipe.profiling.machine.rate_all", watched)
     measure_profile("cpu", tmp_path, ("float32",), quick=True, effort=TINY)
