@@ -125,7 +125,7 @@ def measure(directory: Path, workload: Searched, turns: Turns, timeout_s: float)
     folder.mkdir(parents=True, exist_ok=True)
     with Ledger(folder / "sweep.jsonl") as ledger:
         with turns:
-            _warm(folder, workload, command, points[-1])
+            _warm(folder, workload, command, points[0])
             run_sweep(points, ledger, forecast=forecaster(spec), measure=None)
         rows = run_sweep(points, ledger, forecast=None, measure=alone)
     finalists = _finalists(rows)

@@ -83,10 +83,10 @@ class Searched:
         )
 
     def settings(self) -> list[Mapping[str, Any]]:
-        """Every policy to compare, the searched plan last."""
-        return [*self._drawn(), *NAIVE[self.device].values(), SEARCHED]
+        """Every policy to compare; the searched plan first, so a sweep cut short tells of it."""
+        return [SEARCHED, *NAIVE[self.device].values(), *self.drawn()]
 
-    def _drawn(self) -> Iterator[dict[str, Any]]:
+    def drawn(self) -> Iterator[dict[str, Any]]:
         draw = random.Random(SEED)
         columns = {name: _shuffled(values, draw) for name, values in self.axes.items()}
         for row in zip(*columns.values(), strict=True):
