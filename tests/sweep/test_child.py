@@ -35,8 +35,8 @@ PARENT = "import sys\nfrom flexpipe.sweep.child import run_flexpipe\nrun_flexpip
 def waiter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A package `flexpipe` that is found before ours once the child has asked to die with us."""
     package = tmp_path / "flexpipe"
-    (package / "job").mkdir(parents=True)
-    for name in ("__init__.py", "job/__init__.py"):
+    (package / "sweep").mkdir(parents=True)
+    for name in ("__init__.py", "sweep/__init__.py"):
         (package / name).write_text("")
     (package / "sweep/child.py").write_text(Path(child.__file__).read_text())
     (package / "__main__.py").write_text(WAITER)
