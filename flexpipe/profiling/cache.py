@@ -70,7 +70,7 @@ def machine_profile(
     if not refresh:
         log.info(
             "measuring this machine (%s), once; `flexpipe profile` %s",
-            "some 15 s" if quick else "up to 2 minutes",
+            "half a minute" if quick else "up to 2 minutes",
             "does it more exactly" if quick else "--refresh does it again",
         )
     made = measure.whole(device, offload_dir, dtypes, quick=quick, progress=progress)
