@@ -51,6 +51,7 @@ OTHER_TOKENS = (128, 512, 8192)  # tried for the best choices only
 MOST_REPLAYS = 6
 MOST_REFUSED = 20  # plans that break a limit
 MOST_REFINED = 2
+MOST_VARIED = 2
 _OPTIMISM = 1.05  # an estimate may be this much too high and yet belong to the best plan
 _FILL_STEPS = 5
 _ALIKE = 0.98  # times closer than this are the same
@@ -404,31 +405,66 @@ class _Search:
     # improvements of the best
 
     def _refine(self) -> None:
-        """Vary what was held fixed while choices were compared: chunks, prefetch, halves of
-        layers."""
+        """Vary what was held fixed while choices were compared: chunks and halves of layers, which
+        may make room for a larger block; then what an estimate does not see, such as prefetch."""
         for _ in range(MOST_REFINED):
             before = self._best()
             if before is None:
                 return
-            for change in self._changes(before.plan.policy):
-                knobs = {**_without_shares(before.plan.policy), **change}
-                choices = self._solved(knobs, self._fixed)
-                self._replay(sorted(choices, key=self._promise)[:1])
+            self._replay(self._estimated(self._near(before.plan.policy)))
+            for scored in self._fastest(MOST_VARIED):
+                knobs = _without_shares(scored.plan.policy)
+                for change in self._changes(scored.plan.policy):
+                    self._replay(self._estimated(iter([{**knobs, **change}]))[:1])
             if self._best() is before:
                 return
 
+    def _fastest(self, count: int) -> list[Scored]:
+        return sorted(self._kept(), key=lambda scored: scored.run_s)[:count]
+
+    def _near(self, policy: Policy) -> Iterator[dict[str, Any]]:
+        """Blocks as large or up to three times as large, in other chunks, of whole or halved
+        layers; but for the policy's own."""
+        size, count = policy.micro_batch_size, policy.num_micro_batches
+        free: dict[str, Sequence[Any]] = {
+            "micro_batch_size": sorted({size, size * 3 // 2, size * 2}),
+            "num_micro_batches": sorted({count, count * 3 // 2}),
+            "max_batch_tokens": (policy.max_batch_tokens, *OTHER_TOKENS),
+            "separate_layers": (False, True) if self._streams(policy) else (False,),
+        }
+        names = [name for name in free if name not in self._given]
+        knobs = _without_shares(policy)
+        seen = {self._block(knobs)}
+        for values in product(*(free[name] for name in names)):
+            near = {**knobs, **dict(zip(names, values, strict=True))}
+            if "max_batch_tokens" in names:
+                near["max_batch_tokens"] = max(near["max_batch_tokens"], near["micro_batch_size"])
+            block = self._block(near)
+            if block not in seen and near["micro_batch_size"] <= near["max_batch_tokens"]:
+                seen.add(block)
+                yield near
+
+    def _block(self, knobs: Mapping[str, Any]) -> tuple[object, ...]:
+        """What a block comes to: rows and tokens that nobody asks for make no difference."""
+        rows, longest = len(self._needs), max(need.prompt for need in self._needs)
+        size = min(knobs["micro_batch_size"], rows)
+        count = min(knobs["num_micro_batches"], -(-rows // size))
+        tokens = min(knobs["max_batch_tokens"], size * longest)
+        return size, count, tokens, knobs["separate_layers"]
+
+    def _streams(self, policy: Policy) -> bool:
+        return policy.weights != all_on(self._device)
+
     def _changes(self, policy: Policy) -> Iterator[dict[str, Any]]:
         given = self._given
-        if "max_batch_tokens" not in given:
-            longest = policy.micro_batch_size * max(need.prompt for need in self._needs)
-            for tokens in OTHER_TOKENS:
-                least = max(tokens, policy.micro_batch_size)
-                if least < max(longest, 2 * TOKENS) and least != policy.max_batch_tokens:
-                    yield {"max_batch_tokens": least}
-        streams = len(policy.weights.tiers) > 1 or policy.weights.tiers[0] != self._device
-        if "prefetch_depth" not in given and streams:
+        if "prefetch_depth" not in given and self._streams(policy):
             yield {"prefetch_depth": policy.prefetch_depth + 1}
-        if "separate_layers" not in given and streams:
+        for tokens in () if "max_batch_tokens" in given else OTHER_TOKENS:
+            change = {"max_batch_tokens": max(tokens, policy.micro_batch_size)}
+            knobs = _without_shares(policy)
+            if self._block({**knobs, **change}) != self._block(knobs):
+                yield change
+        if "separate_layers" not in given and self._streams(policy):
             yield {"separate_layers": not policy.separate_layers}
         if self._limits.compression:
             for weights, cache in product(_COMPRESSIONS, _COMPRESSIONS):
@@ -509,10 +545,15 @@ class _Search:
             return {}
         gains = {}
         for bits in ("8", "4"):
-            both = {"compress_weight": bits, "compress_vocabulary": bits, "compress_cache": bits}
-            gains[f"{bits}-bit weights and KV cache"] = self._gain(
-                best, self._planner, self._machine, both
-            )
+            weights = {"compress_weight": bits, "compress_vocabulary": bits}
+            cache = {"compress_cache": bits}
+            for what, change in (
+                ("weights", weights),
+                ("KV cache", cache),
+                ("weights and KV cache", {**weights, **cache}),
+            ):
+                gain = self._gain(best, self._planner, self._machine, change)
+                gains[f"{bits}-bit {what}"] = gain
         return gains
 
     def _gain(
