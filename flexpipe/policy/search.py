@@ -423,12 +423,12 @@ class _Search:
         return sorted(self._kept(), key=lambda scored: scored.run_s)[:count]
 
     def _near(self, policy: Policy) -> Iterator[dict[str, Any]]:
-        """Blocks as large or up to three times as large, in other chunks, of whole or halved
+        """Blocks as large or up to four times as large, in other chunks, of whole or halved
         layers; but for the policy's own."""
         size, count = policy.micro_batch_size, policy.num_micro_batches
         free: dict[str, Sequence[Any]] = {
             "micro_batch_size": sorted({size, size * 3 // 2, size * 2}),
-            "num_micro_batches": sorted({count, count * 3 // 2}),
+            "num_micro_batches": (count, 2 * count),
             "max_batch_tokens": (policy.max_batch_tokens, *OTHER_TOKENS),
             "separate_layers": (False, True) if self._streams(policy) else (False,),
         }
