@@ -36,8 +36,8 @@ from tests.schedule.plans import FakeForm, stored_tensors, tiny_config
 
 TIE = 1.02  # plans whose times are closer than this are taken for equally fast
 REAL = machine(overhead_s=OVERHEADS, slowdown=SLOWDOWN)
-CONFIG = tiny_config(num_hidden_layers=8, hidden_size=256, intermediate_size=1024)
-NEEDS = [Need(20 + 3 * index % 40, 12) for index in range(24)]
+CONFIG = tiny_config(num_hidden_layers=6, hidden_size=256, intermediate_size=1024)
+NEEDS = [Need(20 + 3 * index % 40, 5) for index in range(12)]
 NO_ROOM = 88 * MIB  # what a plan takes of host memory for the process, about
 
 
@@ -83,7 +83,7 @@ def tiny(gpu: float, cpu: float, disk: float, tier: Tier = Tier.GPU, **changes: 
     return Case(**{"needs": NEEDS, "budgets": budgets, "tier": tier, **changes})
 
 
-# the tiny model has 26 MiB of weights; a row's KV cache is 1 MiB
+# the tiny model has 25 MiB of weights; a row's KV cache is up to 0.7 MiB
 CASES = {
     "all fits": tiny(80, 40, 100),
     "weights travel": tiny(24, 80, 100),
@@ -177,7 +177,7 @@ def test_a_model_that_fits_moves_no_weight(name: str) -> None:
 def test_more_memory_is_never_predicted_to_be_slower() -> None:
     for tier, grown in ((Tier.GPU, "gpu"), (Tier.GPU, "cpu"), (Tier.CPU, "cpu")):
         times = []
-        for more in (0, 4, 8, 16, 40):
+        for more in (0, 16):
             sizes = {"gpu": 13.0, "cpu": 24.0, "disk": 100.0}
             sizes[grown] += more
             best = tiny(**sizes, tier=tier).search().best
@@ -210,7 +210,7 @@ GIVEN: Mapping[str, st.SearchStrategy[Any]] = {
 }
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(
     asked=st.fixed_dictionaries({}, optional=dict(GIVEN)),
     tier=st.sampled_from([Tier.GPU, Tier.CPU]),
