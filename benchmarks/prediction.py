@@ -24,12 +24,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.quiet import quietly
+from benchmarks.quiet import QUIET_CORES, quietly
 from benchmarks.trial import REPO, machine, markdown
 from benchmarks.unlike_policies import CASES, HELD_OUT, HELD_OUT_SEED, SHAPES, Case
 from flexpipe.job.batcher import Entry
@@ -40,7 +41,8 @@ from flexpipe.job.spec import JobSpec
 from flexpipe.memory.offload import OffloadDirectory
 from flexpipe.policy.predict import Prediction, predict
 from flexpipe.policy.profile import Profile, read_profile, render_profile
-from flexpipe.runtime.profile import measure_profile
+from flexpipe.profiling.cache import PROFILE_VARIABLE
+from flexpipe.profiling.machine import measure_profile
 
 PROFILE, PREDICTIONS = "profile.yaml", "predictions.json"
 TIMES = ("total", "load", "prefill", "decode")
@@ -148,21 +150,24 @@ def write_profile(directory: Path) -> None:
     (directory / PROFILE).write_text(render_profile(taken.value), encoding="utf-8")
 
 
-def write_predictions(directory: Path, profile: Profile) -> None:
+def write_predictions(directory: Path) -> None:
     """All of them, safe on the disk before anything runs."""
-    rows = {}
-    for case in CASES:
-        start = time.perf_counter()
-        made = predicted(case, directory, profile)
-        rows[case.name] = {
-            **{name: value for name, value in asdict(made).items() if name != "spans"},
-            "total_s": made.total_s,
-            "took_s": time.perf_counter() - start,
-        }
+    rows = {case.name: _apart("--predict", case, directory) for case in CASES}
     _write(directory / PREDICTIONS, {"made_at": time.time(), "machine": machine(), "rows": rows})
 
 
-def run_all(directory: Path, cases: Sequence[Case], repetitions: int, lock: Path | None) -> None:
+def predict_once(case: Case, directory: Path) -> dict[str, Any]:
+    """What is kept of a prediction, and how long it took."""
+    profile = read_profile(directory / PROFILE)
+    start = time.perf_counter()
+    made = predicted(case, directory, profile)
+    kept = {name: value for name, value in asdict(made).items() if name != "spans"}
+    return {**kept, "total_s": made.total_s, "took_s": time.perf_counter() - start}
+
+
+def run_all(
+    directory: Path, cases: Sequence[Case], repetitions: int, cores: float, lock: Path | None
+) -> None:
     """Those without a result yet, one after the other."""
     for case in cases:
         path = _result(directory, case)
@@ -171,16 +176,17 @@ def run_all(directory: Path, cases: Sequence[Case], repetitions: int, lock: Path
         print(f"{time.strftime('%H:%M:%S')} {case.name}", file=sys.stderr)
         started_at = time.time()
         with _held(lock):
-            _run_apart(directory, case)  # compresses weights, warms the machine up
-            taken = quietly(lambda: _run_apart(directory, case), count=repetitions)  # noqa: B023
+            _apart("--run", case, directory)  # compresses weights, warms the machine up
+            again = partial(_apart, "--run", case, directory)
+            taken = quietly(again, count=repetitions, cores=cores)
         runs = [{**one.value, "others_cores": one.others} for one in taken]
         path.parent.mkdir(exist_ok=True)
         _write(path, {"started_at": started_at, "machine": machine(), "runs": runs})
 
 
-def _run_apart(directory: Path, case: Case) -> dict[str, Any]:
-    """One run in a process of its own, so that nothing is left in memory from another."""
-    command = [sys.executable, "-m", "benchmarks.prediction", str(directory), "--run", case.name]
+def _apart(what: str, case: Case, directory: Path) -> dict[str, Any]:
+    """In a process of its own, so that nothing is left in memory from another."""
+    command = [sys.executable, "-m", "benchmarks.prediction", str(directory), what, case.name]
     ran = subprocess.run(command, cwd=REPO, check=True, stdout=subprocess.PIPE, text=True)
     return dict(json.loads(ran.stdout.splitlines()[-1]))
 
@@ -317,22 +323,31 @@ def main() -> int:
     parser.add_argument("--final", action="store_true", help="run and show the held-out jobs too")
     parser.add_argument("--predict-again", action="store_true", help="with the code as it is now")
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument(
+        "--others",
+        type=float,
+        default=QUIET_CORES,
+        help="cores that others may keep busy",
+    )
     parser.add_argument("--lock", type=Path, help="a file to lock while a job is measured")
     parser.add_argument("--json", type=Path, help="write the raw figures here")
-    parser.add_argument("--run", help=argparse.SUPPRESS)  # one job, in this process
+    parser.add_argument("--predict", help=argparse.SUPPRESS)  # one job, in this process
+    parser.add_argument("--run", help=argparse.SUPPRESS)  # likewise
     args = parser.parse_args()
-    directory: Path = args.directory
-    if args.run is not None:
-        case = next(case for case in CASES if case.name == args.run)
-        print(json.dumps(run_once(case, directory)))
+    directory: Path = args.directory.absolute()
+    os.environ[PROFILE_VARIABLE] = str(directory / PROFILE)  # also for what the runs predict
+    if args.predict or args.run:
+        case = next(case for case in CASES if case.name == (args.predict or args.run))
+        print(json.dumps((predict_once if args.predict else run_once)(case, directory)))
         return 0
     directory.mkdir(parents=True, exist_ok=True)
-    if not (directory / PROFILE).exists():
-        write_profile(directory)
-    if args.predict_again or not (directory / PREDICTIONS).exists():
-        write_predictions(directory, read_profile(directory / PROFILE))
+    with _held(args.lock):
+        if not (directory / PROFILE).exists():
+            write_profile(directory)
+        if args.predict_again or not (directory / PREDICTIONS).exists():
+            write_predictions(directory)
     cases = [case for case in CASES if args.final or case.name not in HELD_OUT]
-    run_all(directory, cases, args.repetitions, args.lock)
+    run_all(directory, cases, args.repetitions, args.others, args.lock)
     rows = compare(directory, cases)
     if args.final and not all(row["predicted_first"] for row in rows):
         raise SystemExit("a job ran before its prediction was made; start in a new directory")

@@ -29,19 +29,17 @@ class Taken(Generic[T]):
     value: T
     others: float
 
-    @property
-    def is_quiet(self) -> bool:
-        return self.others <= QUIET_CORES
 
-
-def quietly(measure: Callable[[], T], *, count: int = 1, tries: int = 3) -> list[Taken[T]]:
+def quietly(
+    measure: Callable[[], T], *, count: int = 1, tries: int = 3, cores: float = QUIET_CORES
+) -> list[Taken[T]]:
     """`count` measurements that nobody disturbed, of at most `tries` times as many; else the least
     disturbed ones. In the order in which they were taken."""
     taken: list[Taken[T]] = []
-    while sum(one.is_quiet for one in taken) < count and len(taken) < count * tries:
-        _wait_until_quiet()
+    while sum(one.others <= cores for one in taken) < count and len(taken) < count * tries:
+        _wait_until_quiet(cores)
         taken.append(beside(measure))
-        if not taken[-1].is_quiet:
+        if taken[-1].others > cores:
             print(f"others kept {taken[-1].others:.2f} cores busy", file=sys.stderr)
     kept = sorted(taken, key=lambda one: one.others)[:count]
     return [one for one in taken if one in kept]
@@ -54,10 +52,10 @@ def beside(measure: Callable[[], T]) -> Taken[T]:
     return Taken(value, max(0.0, _others_s() - before) / (time.perf_counter() - start))
 
 
-def _wait_until_quiet() -> None:
+def _wait_until_quiet(cores: float) -> None:
     end = time.perf_counter() + _PATIENCE_S
     while time.perf_counter() < end:
-        if beside(lambda: time.sleep(_WINDOW_S)).is_quiet:
+        if beside(lambda: time.sleep(_WINDOW_S)).others <= cores:
             return
 
 

@@ -15,33 +15,32 @@ finished stays in the directory given, so the same command goes on where it ende
 from __future__ import annotations
 
 import argparse
-import contextlib
 import fcntl
 import json
 import os
 import statistics
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from scipy.stats import spearmanr
 
-from benchmarks.quiet import quietly
 from benchmarks.searched_workloads import NAIVE, SEARCHED, WORKLOADS, Searched
 from benchmarks.trial import machine, markdown
-from flexpipe.job.child import Ended, run_flexpipe
-from flexpipe.job.forecast import forecaster
-from flexpipe.job.ledger import Ledger
-from flexpipe.job.point import Point, make_points
-from flexpipe.job.ranking import Row
 from flexpipe.job.spec import JobSpec
-from flexpipe.job.sweep import BenchCommand, run_sweep
+from flexpipe.sweep.child import Ended, run_flexpipe
+from flexpipe.sweep.forecast import forecaster
+from flexpipe.sweep.ledger import Ledger
+from flexpipe.sweep.point import Point, make_points
+from flexpipe.sweep.ranking import Row
+from flexpipe.sweep.run import BenchCommand, run_sweep
 
 ROUNDS = 3
 FINALISTS = 5
-TRIES = 3
+TURN_S = 240.0  # that others wait for the lock
 AIM = 0.93  # of the best policy's throughput
 PROFILE_VARIABLE = "FLEXPIPE_PROFILE"
 
@@ -112,21 +111,21 @@ class Measured:
 # -- measuring -------------------------------------------------------------------------------------
 
 
-def measure(directory: Path, workload: Searched, lock: Path | None, timeout_s: float) -> Measured:
+def measure(directory: Path, workload: Searched, turns: Turns, timeout_s: float) -> Measured:
     """The sweep, then the rounds of the final."""
     spec = job_spec(directory, workload)
     points = make_points(workload.settings(), spec, workload.load)
     command = BenchCommand(spec=spec, timeout_s=timeout_s)
 
     def alone(point: Point) -> Ended:
-        with locked(lock):
-            return quietly(lambda: command(point), tries=TRIES)[0].value
+        with turns:
+            return command(point)
 
     folder = directory / workload.name.replace(" ", "-")
     folder.mkdir(parents=True, exist_ok=True)
     with Ledger(folder / "sweep.jsonl") as ledger:
-        with locked(lock):
-            _warm(folder, workload, command, points[-1])
+        with turns:
+            _warm(folder, workload, command, points[0])
             run_sweep(points, ledger, forecast=forecaster(spec), measure=None)
         rows = run_sweep(points, ledger, forecast=None, measure=alone)
     finalists = _finalists(rows)
@@ -175,28 +174,42 @@ def job_spec(directory: Path, workload: Searched) -> JobSpec:
     )
 
 
-def take_profile(directory: Path, lock: Path | None) -> None:
+def take_profile(directory: Path, turns: Turns) -> None:
     """The full profile of this machine, kept beside the results, for all runs and predictions."""
     path = directory / "profile.yaml"
     if not path.exists():
         options = {"--device": "cpu", "--offload-dir": directory / "offload", "-o": path}
         words = [str(word) for option in options.items() for word in option]
-        with locked(lock):
-            (taken,) = quietly(lambda: run_flexpipe(["profile", "--refresh", *words]), tries=TRIES)
-        if taken.value.exit_code:
-            raise SystemExit(taken.value.stderr)
+        with turns:
+            ended = run_flexpipe(["profile", "--refresh", *words])
+        if ended.exit_code:
+            raise SystemExit(ended.stderr)
     os.environ[PROFILE_VARIABLE] = str(path)
 
 
-@contextlib.contextmanager
-def locked(path: Path | None) -> Iterator[None]:
-    """While no other measurement that respects the lock runs."""
-    if path is None:
-        yield
-        return
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+class Turns:
+    """A file's lock, held while policies run, so that no other measurement that respects it does.
+
+    Whoever waits for it gets it after some of them: waiting at every one would take hours.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._file = None if path is None else path.open("w")
+        self._since: float | None = None
+
+    def __enter__(self) -> None:
+        if self._file is not None and self._since is None:
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+            self._since = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        if self._since is not None and time.monotonic() - self._since > TURN_S:
+            self.end()
+
+    def end(self) -> None:
+        if self._file is not None:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+            self._since = None
 
 
 # -- telling ---------------------------------------------------------------------------------------
@@ -297,13 +310,15 @@ def main() -> int:
     parser.add_argument("directory", type=Path, help="keeps profile, models and what was measured")
     parser.add_argument("--only", help="one workload")
     parser.add_argument("--lock", type=Path, help="a file that flock holds while a policy runs")
-    parser.add_argument("--timeout", type=float, default=30.0, help="seconds, of one run")
+    parser.add_argument("--timeout", type=float, default=16.0, help="seconds, of one run")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     args.directory.mkdir(parents=True, exist_ok=True)
-    take_profile(args.directory, args.lock)
+    turns = Turns(args.lock)
+    take_profile(args.directory, turns)
     chosen = [one for one in WORKLOADS if args.only in (None, one.name)]
-    done = [measure(args.directory, one, args.lock, args.timeout) for one in chosen]
+    done = [measure(args.directory, one, turns, args.timeout) for one in chosen]
+    turns.end()
     print(tables(done))
     if args.json is not None:
         facts = {"machine": machine(), "workloads": [to_dict(one) for one in done]}

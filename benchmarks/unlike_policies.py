@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from benchmarks.peers.checkpoint import Shape
 from flexpipe.plan.block import Need
 from flexpipe.plan.hardware import Emulation
-from flexpipe.plan.policy import percent_shares
+from flexpipe.plan.policy import Policy, percent_shares
 
 SHAPES = {
     "0.25b": Shape(hidden=1024, layers=16, heads=16, kv_heads=4, ffn=2816),
@@ -50,13 +50,17 @@ class Case:
 
     @property
     def given(self) -> dict[str, Any]:
-        return {
+        """Every knob but the budgets, so that nothing is left to the search."""
+        asked = {
             **percent_shares(self.percent),
             "micro_batch_size": self.rows,
             "num_micro_batches": self.block,
             "compute_dtype": "bfloat16",
             **self.knobs,
         }
+        policy = Policy(**asked)
+        knobs = {item.name: getattr(policy, item.name) for item in fields(Policy)}
+        return {name: value for name, value in knobs.items() if not name.endswith("_mem")}
 
 
 def equal(count: int, prompt: int, output: int) -> list[Need]:

@@ -119,3 +119,8 @@ def format_seconds(seconds: float) -> str:
         if seconds >= 0.9995 * _SECOND_UNITS[unit]:
             return f"{seconds / _SECOND_UNITS[unit]:.3g} {unit}"
     return f"{seconds / 1e-9:.3g} ns"
+
+
+def format_count(value: float) -> str:
+    """A figure with three digits or more, never with an exponent: `0.77`, `8.42`, `12345`."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"

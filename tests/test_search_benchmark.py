@@ -13,10 +13,10 @@ import pytest
 
 from benchmarks.search import Measured, job_spec, tables, to_dict
 from benchmarks.searched_workloads import NAIVE, NUM_DRAWN, SEARCHED, WORKLOADS, Searched
-from flexpipe.job.point import Point, make_points
-from flexpipe.job.ranking import Row
+from flexpipe.sweep.point import Point, make_points
+from flexpipe.sweep.ranking import Row
 
-IN_RAM = WORKLOADS[0]
+IN_RAM = next(one for one in WORKLOADS if one.name == "in RAM")
 
 
 def measured_rows(points: Sequence[Point], rates: Mapping[str, float]) -> list[Row]:
@@ -41,7 +41,7 @@ def points(tmp_path: Path) -> list[Point]:
 
 @pytest.mark.parametrize("workload", WORKLOADS, ids=lambda one: one.name)
 def test_every_value_of_a_knob_is_drawn_as_often_as_it_is_listed(workload: Searched) -> None:
-    drawn = workload.settings()[:NUM_DRAWN]
+    drawn = list(workload.drawn())
     for name, values in workload.axes.items():
         listed, came = Counter(map(str, values)), Counter(str(one[name]) for one in drawn)
         rounds = NUM_DRAWN // len(values)
@@ -56,7 +56,7 @@ def test_the_same_policies_are_drawn_every_time(workload: Searched) -> None:
 @pytest.mark.parametrize("workload", WORKLOADS, ids=lambda one: one.name)
 def test_what_is_drawn_leaves_no_knob_to_the_search(workload: Searched) -> None:
     chosen = {"weights", "kv_cache", "hidden", "micro_batch_size", "num_micro_batches", "strategy"}
-    assert all(chosen <= settings.keys() for settings in workload.settings()[:NUM_DRAWN])
+    assert all(chosen <= settings.keys() for settings in workload.drawn())
 
 
 def test_every_workload_compares_forty_policies_the_naive_ones_and_the_searched_one(
@@ -65,11 +65,11 @@ def test_every_workload_compares_forty_policies_the_naive_ones_and_the_searched_
     for workload in WORKLOADS:
         made = make_points(workload.settings(), job_spec(tmp_path, workload), workload.load)
         assert len(made) == NUM_DRAWN + len(NAIVE[workload.device]) + 1 >= 44
-        assert made[-1].settings == SEARCHED
+        assert made[0].settings == SEARCHED
 
 
 def test_the_searched_plan_is_judged_by_medians_of_the_rounds(points: list[Point]) -> None:
-    searched, other = points[-1], points[0]
+    searched, other = points[0], points[-1]
     rows = measured_rows(points, {searched.key: 90.0, other.key: 300.0})
     rates = itertools.zip_longest((90.0, 80.0, 70.0), (100.0, 500.0, 10.0))
     rounds = [
@@ -83,7 +83,7 @@ def test_the_searched_plan_is_judged_by_medians_of_the_rounds(points: list[Point
 
 
 def test_a_policy_that_cannot_run_is_told_with_its_reason(points: list[Point]) -> None:
-    searched, other = points[-1], points[0]
+    searched, other = points[0], points[-1]
     rates = {searched.key: 90.0, other.key: 100.0}
     one = Measured(
         workload=IN_RAM,

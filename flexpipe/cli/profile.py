@@ -55,7 +55,7 @@ def profile(
     from flexpipe.policy.profile_table import profile_table
 
     # imports torch, so only once all is sound
-    from flexpipe.runtime.profile_cache import machine_profile, profile_path, write_profile
+    from flexpipe.profiling.cache import machine_profile, profile_path, write_profile
 
     directory = (offload_dir or DEFAULT_OFFLOAD_DIR).expanduser()
     found = machine_profile(

@@ -18,13 +18,13 @@ from flexpipe.cli.options import (
 )
 from flexpipe.errors import InputError
 from flexpipe.job.bench import FORMATS, Format
-from flexpipe.job.grid import Grid, parse_vary, read_grid
-from flexpipe.job.ledger import Ledger, read_ledger
-from flexpipe.job.pareto import SUFFIXES, check_plot, draw_pareto
-from flexpipe.job.point import Point, make_points
-from flexpipe.job.ranking import Row, best_first, render
 from flexpipe.job.spec import JobSpec
-from flexpipe.job.sweep import BenchCommand, Forecast, is_finished, run_sweep
+from flexpipe.sweep.grid import Grid, parse_vary, read_grid
+from flexpipe.sweep.ledger import Ledger, read_ledger
+from flexpipe.sweep.pareto import SUFFIXES, check_plot, draw_pareto
+from flexpipe.sweep.point import Point, make_points
+from flexpipe.sweep.ranking import Row, best_first, render
+from flexpipe.sweep.run import BenchCommand, Forecast, is_finished, run_sweep
 
 _FILE = click.Path(path_type=Path)
 _UNUSED = (Path("prompts.jsonl"), Path("results.jsonl"))  # each bench has its own
@@ -158,7 +158,7 @@ def _grid(vary: Sequence[str], path: Path | None) -> Grid:
 
 
 def _forecast(spec: JobSpec) -> Forecast:
-    from flexpipe.job.forecast import forecaster
+    from flexpipe.sweep.forecast import forecaster
 
     forecast: Forecast = forecaster(spec)
     return forecast

@@ -115,8 +115,8 @@ class Outlook:
     ) -> Outlook:
         """On this machine, as a run would find it now; measured, unless no rate is needed."""
         from flexpipe.job.prepare import budgets
+        from flexpipe.profiling.cache import machine_profile
         from flexpipe.runtime.device import open_device
-        from flexpipe.runtime.profile_cache import machine_profile
 
         opened = open_device(device, emulation)
         Policy(**given).check_device(opened.name)

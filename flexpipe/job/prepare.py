@@ -34,8 +34,8 @@ from flexpipe.policy.dtype import candidate_dtypes, compute_dtype
 from flexpipe.policy.profile import Profile
 from flexpipe.policy.search import best_plan
 from flexpipe.policy.shares import Machine
+from flexpipe.profiling.cache import machine_profile
 from flexpipe.runtime.device import Device, open_device
-from flexpipe.runtime.profile_cache import machine_profile
 from flexpipe.runtime.usable import usable_memory
 
 log = logging.getLogger("flexpipe")

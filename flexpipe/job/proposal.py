@@ -17,7 +17,7 @@ from flexpipe.plan.spelling import as_options, difference
 from flexpipe.plan.tier import Tier
 from flexpipe.policy.predict import Prediction, predict
 from flexpipe.policy.search import Found, Limits, Scored, disk_writes, search
-from flexpipe.units import format_bytes, format_seconds
+from flexpipe.units import format_bytes, format_count, format_seconds
 
 _NUM_SHOWN = 5
 _WORTH_TELLING = 1.005  # a gain below is no gain
@@ -76,7 +76,8 @@ class Proposal:
             f"{self.num_requests} requests,",
             f"{made.prompt_tokens} prompt tokens, {made.generated_tokens} to generate; machine: "
             f"{self.profile}.",
-            f"Predicted: {made.generated_tokens_per_s:.4g} tokens/s, {format_seconds(made.total_s)}"
+            f"Predicted: {format_count(made.generated_tokens_per_s)} tokens/s, "
+            f"{format_seconds(made.total_s)}"
             f" in all; {made.bottleneck} is the bottleneck.",
         )
         return render_policy(self.plan.policy, MadeFor.of(self.model, self.plan.config), opening)
@@ -92,7 +93,7 @@ class Proposal:
                 ("tier", "weights", "KV cache", "hidden", "buffers", "free", "budget"),
                 [self._tier_row(tier) for tier in self._tiers],
             ),
-            f"predicted: {made.generated_tokens_per_s:.4g} tokens/s, done in "
+            f"predicted: {format_count(made.generated_tokens_per_s)} tokens/s, done in "
             f"{format_seconds(made.total_s)} (load {format_seconds(made.load_s)}, prefill "
             f"{format_seconds(made.prefill_s)}, decode {format_seconds(made.decode_s)}); a request "
             f"takes {format_seconds(made.latency_s)}; {format_bytes(disk_writes(made))} written to "
@@ -151,7 +152,7 @@ class Proposal:
         made, policy = one.prediction, one.plan.policy
         because = f"{made.bottleneck} needs {format_seconds(made.bound_s)}"
         differs = difference(policy.to_dict(), self.plan.policy.to_dict()) or "nothing"
-        return name, f"{made.generated_tokens_per_s:.4g}", because, differs
+        return name, format_count(made.generated_tokens_per_s), because, differs
 
     def _tier_row(self, tier: Tier) -> tuple[str, ...]:
         return tier.value, *(format_bytes(size) for size in self._tier(tier).values())

@@ -19,7 +19,7 @@ from flexpipe.policy.predict import Prediction, first_spans, predict
 from flexpipe.schedule.op import Kind, Lane
 from flexpipe.schedule.simulate import SimulatedSpan
 from flexpipe.schedule.trace import write_trace
-from flexpipe.units import format_bytes, format_seconds
+from flexpipe.units import format_bytes, format_count, format_seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +72,9 @@ class Timeline:
             plain_table(("lane", "busy"), self._lanes()),
             plain_table(("link", "moved", "busy"), self._links()),
             plain_table(("tier", "planned", "budget"), self._tiers()),
-            f"{made.generated_tokens_per_s:.3g} tokens/s; {made.bottleneck} is the bottleneck: "
-            f"it alone needs {format_seconds(made.bound_s)}, {made.bound_share:.0%} of prefill "
-            "and decode",
+            f"{format_count(made.generated_tokens_per_s)} tokens/s; {made.bottleneck} is the "
+            f"bottleneck: it alone needs {format_seconds(made.bound_s)}, {made.bound_share:.0%} of "
+            "prefill and decode",
         ]
         return "\n\n".join(part for part in lines if part)
 

@@ -50,7 +50,7 @@ class TierMemory:
         """Zeroed bytes beside the compute device, [num_bytes] uint8."""
         self._taken_on_device += num_bytes
         if self.device.type == "cpu":
-            return _host_bytes(num_bytes, what)
+            return populated(num_bytes, what)
         try:
             return torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
         except RuntimeError as error:  # torch's out-of-memory errors derive from it
@@ -65,7 +65,7 @@ class TierMemory:
 
     def take_on_host(self, num_bytes: int, what: str) -> Tensor:
         """Zeroed host bytes, page-locked if the run asks for it and the system allows it."""
-        slab = _host_bytes(num_bytes, what)
+        slab = populated(num_bytes, what)
         if self._pin and num_bytes:
             self._lock(slab, what)
         return slab
@@ -126,7 +126,8 @@ def _forget_error(device: torch.device) -> None:
         torch.ones(1, device=device)
 
 
-def _host_bytes(num_bytes: int, what: str) -> Tensor:
+def populated(num_bytes: int, what: str) -> Tensor:
+    """Host memory whose pages are all there, uint8; `what` is for the message of a PlanError."""
     try:
         buffer = aligned_buffer(num_bytes)
     except (MemoryError, OSError) as error:

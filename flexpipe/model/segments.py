@@ -63,6 +63,7 @@ __all__ = [
     "norm",
     "out",
     "qkv",
+    "turn",
 ]
 
 
@@ -203,7 +204,7 @@ def qkv(
         k_TKD = both[:, num_q : num_q + num_kv]
         _rms_norm(k_TKD, weights.k_norm, k_TKD, config.norm_eps, ws)
     if batch.cos_T1D is not None:
-        _turn(both[:, : num_q + num_kv], batch, ws)
+        turn(both[:, : num_q + num_kv], batch, ws)
     return q_TND, both[:, num_q:].view(num_tokens, 2, num_kv, dim)
 
 
@@ -393,7 +394,7 @@ def _widen(kv_RL2KX: Tensor, codec: Codec | None, wide_RL2KD: Tensor) -> None:
         widen(kv_RL2KX[:, part], codec, wide_RL2KD[:, part])
 
 
-def _turn(x_TND: Tensor, batch: Batch, ws: Workspace) -> None:
+def turn(x_TND: Tensor, batch: Batch, ws: Workspace) -> None:
     """Rotary positions in place: x cos + rotate_half(x) sin."""
     assert batch.cos_T1D is not None and batch.sin_T1D is not None
     mark = ws.mark()

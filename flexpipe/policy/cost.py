@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 from flexpipe.errors import PolicyError
 from flexpipe.model.cost import (
@@ -84,6 +85,7 @@ class Shape:
     write_bytes: int
     write_extents: int
     disk_rows: int  # whose new tokens go to disk, or wait for their page to fill
+    num_groups: int = 1  # of rows beside each other that attend here in one call
 
 
 class CostModel:
@@ -146,8 +148,9 @@ class CostModel:
 
     @cached_property
     def load_s(self) -> float:
-        """Seconds to bring the weights home, from the checkpoint to the last byte packed."""
-        seconds = 0.0
+        """Seconds to take the pools and to bring the weights home, from the checkpoint to the last
+        byte packed."""
+        seconds = self._pools_s
         for placed in self.plan.placement.tensors.values():
             if placed.home == Tier.DISK:
                 continue
@@ -158,6 +161,21 @@ class CostModel:
             if rate is not None and not same and placed.codec is None:
                 seconds += placed.spec.num_elements / rate
         return seconds
+
+    @property
+    def _pools_s(self) -> float:
+        """Host memory is populated when it is taken; packed weights are taken as they come."""
+        rate = self.profile.load.get("pools")
+        if rate is None:
+            return 0.0
+        device = self.plan.device_tier
+        on_host = {Tier.CPU, device} if self.emulation or device == Tier.CPU else {Tier.CPU}
+        taken = [
+            pool.num_bytes
+            for pool in self.plan.pools
+            if pool.tier in on_host and (pool.name, pool.tier) != ("weights", device)
+        ]
+        return sum(taken) / rate
 
     def shape(self, batch: MicroBatch) -> Shape:
         """The micro-batch's shape, found once per step."""
@@ -311,14 +329,18 @@ class CostModel:
         seconds += self._products_s(op.layer, part, tokens)
         numbers = 0.0
         if layer.has_kv_cache and part in (None, Segment.QKV):
-            turned = _ROPE * (heads + kv_heads) if config.rope else 0.0
-            numbers += config.hidden_size + config.head_dim * (turned + _APPEND * 2 * kv_heads)
+            numbers += config.hidden_size + config.head_dim * _APPEND * 2 * kv_heads
+            turned = (heads + kv_heads) * config.head_dim if config.rope else 0
+            seconds += self._numbers_s(self.profile.compute.rotary, turned * tokens, _ROPE)
             seconds += self._append_s(self.profile.compute, tokens - shape.num_on_cpu)
         if layer.has_kv_cache and part in (None, Segment.ATTEND):
             here = shape.here[self._window(op)]
             seconds += self._attention_s(self.profile.compute, here)
+            seconds += max(0, shape.num_groups - 1) * self.profile.overhead("group")
         if layer.kind != LayerKind.ATTENTION and part in (None, Segment.OUT):
-            numbers += config.hidden_size + (_GATE if config.gated_mlp else 0.0) * config.ffn_size
+            numbers += config.hidden_size
+            gated = config.ffn_size if config.gated_mlp else 0
+            seconds += self._numbers_s(self.profile.compute.gating, gated * tokens, _GATE)
         return seconds + self._passes_s(numbers * tokens)
 
     def _decoder_flops(self, op: Op, layer: LayerPlan, shape: Shape) -> float:
@@ -353,6 +375,11 @@ class CostModel:
         """Norms and the like over so many numbers."""
         curve = self._curve(self.profile.compute.elementwise, "elementwise")
         return curve.seconds(numbers)
+
+    def _numbers_s(self, curves: Mapping[str, Curve], numbers: float, as_norm: float) -> float:
+        """Of a pass of its own kind; as so much of a norm where nothing is known of it."""
+        curve = curves.get(self._dtype)
+        return curve.seconds(numbers) if curve else self._passes_s(as_norm * numbers)
 
     def _append_s(self, rates: Rates, tokens: int) -> float:
         """Compressing new keys and values."""
@@ -498,7 +525,24 @@ def _shape(
         write_bytes=write[0],
         write_extents=write[1],
         disk_rows=len(disk),
+        num_groups=_num_groups(here, plan, mb),
     )
+
+
+def _num_groups(rows: list[Row], plan: Plan, mb: MicroBatchPlan) -> int:
+    """Calls that these rows attend in: neighbours at home, or in a slot, that do the same.
+
+    An empty place between rows that do the same parts them too, but that call is not counted: with
+    it a job with refill, whose tail is full of empty places, was told to decode a quarter too long.
+    """
+    at_home = [row for row in rows if mb.kv_homes[row.place] == plan.device_tier]
+    in_slot = [row for row in rows if mb.kv_homes[row.place] != plan.device_tier]
+    return sum(1 for some in (at_home, in_slot) for _ in groupby(map(_doing, some)))
+
+
+def _doing(row: Row) -> tuple[int, int] | None:
+    """Rows that decode attend together whatever is behind them, others only if equal."""
+    return None if row.num_new == 1 else (row.num_context, row.num_new)
 
 
 def _attention(rows: list[Row], window: int | None) -> tuple[Attention, ...]:

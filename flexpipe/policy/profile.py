@@ -36,6 +36,7 @@ LINKS = ("h2d", "d2h", "disk_read", "disk_write")
 ACTIVITIES = ("compute", "attend", "copy", "disk_read", "disk_write")
 OVERHEADS = (
     "layer",  # a decoder layer's compute op, beside its work
+    "group",  # in one, each further group of rows that attend together
     "other",  # any other compute op, and sampling
     "move",  # a move over a host link
     "copy",  # each further piece of one
@@ -50,14 +51,15 @@ OVERHEADS = (
 class Rates:
     """What one compute device does per second.
 
-    Of products: FLOPs by the weight's elements and the rows that meet it, per compute dtype; those
-    of a weight that stays at home may be `packed`, and `converted`, by rows, is with a slice that
-    was converted a moment ago and lies in the caches. Of attention: FLOPs of new tokens by the new
-    tokens per row, bytes of KV cache for decoding rows by the bytes of one call, of a compressed
-    cache under "4>float32" (and FLOPs where many query heads share a head of the cache). Numbers
-    per second for what goes over them once: `elementwise` by their count, conversion "from>to",
-    compressed weights widened "4>bfloat16", new keys and values compressed to so many bits, logits
-    sampled from.
+    Of products: FLOPs by the weight's elements and the rows that meet it, per compute dtype;
+    those of a weight that stays at home may be `packed`, and `converted`, by rows, is with a
+    slice that was converted a moment ago and lies in the caches. Of attention: FLOPs of new
+    tokens by the new tokens per row, bytes of KV cache for decoding rows by the bytes of one
+    call, of a compressed cache under "4>float32" (and FLOPs where many query heads share a head
+    of the cache). Numbers per second for what goes over them once: norms (`elementwise`),
+    rotary positions and the gate of an MLP by their count (the latter two as norms where
+    nothing is known of them), conversion "from>to", compressed weights widened "4>bfloat16",
+    new keys and values compressed to so many bits, logits sampled from.
     """
 
     matmul: Mapping[str, Surface]
@@ -67,6 +69,8 @@ class Rates:
     decode_attention: Mapping[str, Curve] = field(default_factory=dict)
     decode_attention_flops: Mapping[str, float] = field(default_factory=dict)
     elementwise: Mapping[str, Curve] = field(default_factory=dict)
+    rotary: Mapping[str, Curve] = field(default_factory=dict)
+    gating: Mapping[str, Curve] = field(default_factory=dict)
     convert: Mapping[str, float] = field(default_factory=dict)
     widen: Mapping[str, float] = field(default_factory=dict)
     compress: Mapping[str, float] = field(default_factory=dict)
@@ -82,7 +86,8 @@ class Profile:
     does not read but for `h2d_pageable` and `d2h_pageable`, where host memory is not page-
     locked. `slowdown["compute", "disk_read"]` is how much longer compute takes while the disk
     is read; a pair that is absent does not disturb. `load` is numbers per second that loading
-    converts and packs, per dtype at home. `machine` and `mount` say where it was measured.
+    converts and packs, per dtype at home, and bytes per second of "pools" taken. `machine` and
+    `mount` say where it was measured.
     """
 
     name: str
@@ -284,6 +289,8 @@ _CURVE_UNITS: Mapping[str, tuple[Callable[[str], float], Callable[[Any], float]]
     "prefill_attention": (parse_flops, float),
     "decode_attention": (parse_rate, parse_bytes),
     "elementwise": (parse_items, parse_items),
+    "rotary": (parse_items, parse_items),
+    "gating": (parse_items, parse_items),
 }
 
 
@@ -342,7 +349,9 @@ def _rates_lines(rates: Rates) -> list[str]:
         ("converted", "with a slice of a weight that was just converted", _number, format_flops),
         ("prefill_attention", "by new tokens per row", _number, format_flops),
         ("decode_attention", "KV cache read, by the bytes of one call", format_bytes, format_rate),
-        ("elementwise", "numbers per pass, by their count", _count, format_items),
+        ("elementwise", "numbers normed, by their count", _count, format_items),
+        ("rotary", "numbers of queries and keys turned, by their count", _count, format_items),
+        ("gating", "numbers gated, by their count", _count, format_items),
     )
     for name, what, size_of, rate_of in curves:
         if getattr(rates, name):

@@ -17,8 +17,8 @@ import pytest
 
 from flexpipe.errors import PlanError
 from flexpipe.job.bench import Workload
-from flexpipe.job.child import Ended
 from flexpipe.job.spec import JobSpec
+from flexpipe.sweep.child import Ended
 from tests.waiting import eventually
 
 Flexpipe = Callable[..., int]
@@ -149,13 +149,13 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         told = {"median": figures, "spread": figures, "timeout_s": timeout_s, "words": words}
         return Ended(exit_code=0, stdout=json.dumps(told), stderr="")
 
-    monkeypatch.setattr("flexpipe.job.sweep.run_flexpipe", run)
+    monkeypatch.setattr("flexpipe.sweep.run.run_flexpipe", run)
     return asked
 
 
 @pytest.fixture
 def predictor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stands where `flexpipe.job.forecast` would; more than 4 rows do not fit."""
+    """Stands where `flexpipe.sweep.forecast` would; more than 4 rows do not fit."""
 
     def forecast(knobs: Mapping[str, Any], workload: Workload) -> Mapping[str, Any]:
         if knobs["micro_batch_size"] > 4:
@@ -166,9 +166,9 @@ def predictor(monkeypatch: pytest.MonkeyPatch) -> None:
     def forecaster(spec: JobSpec) -> Callable[..., Mapping[str, Any]]:
         return forecast
 
-    module = ModuleType("flexpipe.job.forecast")
+    module = ModuleType("flexpipe.sweep.forecast")
     module.forecaster = forecaster  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "flexpipe.job.forecast", module)
+    monkeypatch.setitem(sys.modules, "flexpipe.sweep.forecast", module)
 
 
 @pytest.mark.usefixtures("predictor")

@@ -253,3 +253,35 @@ def test_what_a_policy_needs_and_the_profile_lacks_is_named(
 def price(model: CostModel, ops: Sequence[Op]) -> None:
     for op in ops:
         model(op)
+
+
+# -- calls ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("doing", "calls"),
+    [
+        ([(8, 1), (9, 1), (20, 1)], 1),  # rows that decode attend together, whatever is behind them
+        ([(0, 5), (0, 5), (0, 5)], 1),
+        ([(0, 5), (0, 4), (0, 5)], 3),
+        ([(8, 1), (0, 5), (8, 1)], 3),
+        ([(8, 1), None, (8, 1)], 1),  # an empty place costs next to nothing
+    ],
+)
+def test_neighbours_that_do_the_same_attend_in_one_call(
+    doing: list[tuple[int, int] | None], calls: int
+):
+    plan = plan_on(Tier.CPU, **RESIDENT, micro_batch_size=3)
+    rows = tuple(
+        Row(place, place, what[0], (3,) * what[1], True)
+        for place, what in enumerate(doing)
+        if what is not None
+    )
+    batch = MicroBatch(0, rows)
+    (op, *_) = [op for op in ops_of(plan, [(batch,)]) if is_layer(plan, op)]
+    plain, dear = CostModel(plan, machine()), CostModel(plan, machine(overhead_s={"group": 1.0}))
+    assert dear(op).seconds - plain(op).seconds == pytest.approx(calls - 1)
+
+
+def is_layer(plan: Plan, op: Op) -> bool:
+    return op.kind == Kind.COMPUTE and plan.layers[op.layer].layer is not None

@@ -71,7 +71,7 @@ def test_a_run_moves_the_bytes_that_were_predicted(run: Runner, name: str) -> No
         assert abs(num_bytes - moved[link]) <= _open_bytes(plans[0]).get(link, 0), link
     assert predicted.generated_tokens == report.generated_tokens == sum(LIMITS)
     assert predicted.prompt_tokens == sum(LENGTHS)
-    assert {lane.name for lane in report.lanes} == set(predicted.lane_busy_s)
+    assert {lane.name for lane in report.lanes} <= set(predicted.busy_s)
 
 
 def _open_bytes(plan: Plan) -> dict[str, int]:

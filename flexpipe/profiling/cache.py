@@ -20,7 +20,7 @@ import torch
 from flexpipe.errors import FlexpipeError, PolicyError
 from flexpipe.plan.policy_file import write_whole
 from flexpipe.policy.profile import Profile, read_profile, render_profile
-from flexpipe.runtime.profile import (
+from flexpipe.profiling.machine import (
     Tell,
     machine_id,
     measure_profile,

@@ -19,11 +19,11 @@ from typing import Any, TypeAlias
 
 from flexpipe.errors import FlexpipeError, ModelError, RunError
 from flexpipe.job.bench import Workload
-from flexpipe.job.child import Ended, run_flexpipe
-from flexpipe.job.ledger import Ledger
-from flexpipe.job.point import Point
-from flexpipe.job.ranking import Row
 from flexpipe.job.spec import JobSpec
+from flexpipe.sweep.child import Ended, run_flexpipe
+from flexpipe.sweep.ledger import Ledger
+from flexpipe.sweep.point import Point
+from flexpipe.sweep.ranking import Row
 from flexpipe.units import format_seconds
 
 # From the knobs of a point and its workload: at least total_s, generated_tokens_per_s, latency_s

@@ -28,9 +28,9 @@ from flexpipe.model.matmul import (
     packs,
 )
 from flexpipe.model.workspace import Workspace
-from flexpipe.runtime.effort import Effort
-from flexpipe.runtime.measured_numbers import CODECS, ROTATED_BYTES, Numbers
-from flexpipe.runtime.stopwatch import Key, Task, TaskSource
+from flexpipe.profiling.effort import Effort
+from flexpipe.profiling.numbers import CODECS, ROTATED_BYTES, Numbers
+from flexpipe.profiling.stopwatch import Key, Task, TaskSource
 
 PAIR_ROWS = 64  # of the product whose pace beside others is measured
 _SLICE = (CONVERT_ELEMENTS // 4096, 4096)  # of a weight, as `multiply` converts it

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flexpipe.errors import InputError, RunError
-from flexpipe.job.ledger import Ledger, read_ledger
+from flexpipe.sweep.ledger import Ledger, read_ledger
 from tests.limits import file_size
 
 

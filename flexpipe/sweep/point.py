@@ -12,9 +12,9 @@ from typing import Any
 
 from flexpipe.errors import PolicyError
 from flexpipe.job.bench import Workload, block_rows
-from flexpipe.job.setting import WORKLOAD_NAMES, Settings, knobs_of, plain, shown
 from flexpipe.job.spec import JobSpec
 from flexpipe.plan.policy import Policy
+from flexpipe.sweep.setting import WORKLOAD_NAMES, Settings, knobs_of, plain, shown
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,15 +60,18 @@ def op_times(device: str, directory: Path, num_steps: int) -> dict[str, float]:
     """
     away = "emulated" if device == "cpu" else device
 
-    def run(name: str, home: Tier, rows: int) -> _Run:
+    def run(name: str, home: Tier, rows: int, *, mixed: bool = False) -> _Run:
         policy = _policy(home, Tier.CPU if name == "cpu" else Tier.GPU, rows)
-        return _Run.make(name, directory, policy, num_steps)
+        return _Run.make(name, directory, policy, num_steps, mixed=mixed)
 
     beside = Tier.CPU if device == "cpu" else Tier.GPU
     one, many = (run(device, beside, rows) for rows in (1, MANY_ROWS))
+    mixed = run(device, beside, MANY_ROWS, mixed=True)
     moving, moving_many = (run(away, Tier.CPU, rows) for rows in (1, MANY_ROWS))
     return {
         "layer": one.median_s(one.is_layer),
+        "layer_many": many.median_s(many.is_layer),
+        "layer_mixed": mixed.median_s(mixed.is_layer),
         "other": one.median_s(one.is_other),
         "hop": moving.hop_s(),
         "commit": one.commit_s(),
@@ -86,8 +89,10 @@ def overheads(tries: Sequence[Mapping[str, float]]) -> dict[str, float]:
     least = {name: min(one[name] for one in tries) for name in tries[0]}
     commit_s, row_s = _split(least["commit"], least["commit_many"])
     move_s, copy_s = _split(least["move"], least["move_many"])
+    mixed_s = max(0.0, least["layer_mixed"] - least["layer_many"])
     return {
         "layer": least["layer"],
+        "group": mixed_s / (MANY_ROWS - 1),
         "other": least["other"],
         "move": move_s + copy_s,
         "copy": copy_s,
@@ -116,10 +121,12 @@ def _is_move(span: Span) -> bool:
 class _Rows:
     """One micro-batch of rows that decode for some steps: the least that a job must do.
 
-    Where other work holds them up they are fewer.
+    Where other work holds them up they are fewer. With `mixed` every other row takes two tokens a
+    step, so that no two neighbours attend together.
     """
 
-    def __init__(self, num_rows: int, num_steps: int) -> None:
+    def __init__(self, num_rows: int, num_steps: int, *, mixed: bool) -> None:
+        self._mixed = mixed
         self._next: tuple[Row, ...] | None = tuple(
             Row(place, place, 0, (3, 4), True) for place in range(num_rows)
         )
@@ -138,9 +145,12 @@ class _Rows:
 
     def commit(self, batch: MicroBatch, sampled: Sequence[SampledToken]) -> None:
         self._next = tuple(
-            Row(row.request, row.place, row.num_context + row.num_new, (one.token,), True)
+            Row(row.request, row.place, row.num_context + row.num_new, self._new(row, one), True)
             for row, one in zip(batch.rows, sampled, strict=True)
         )
+
+    def _new(self, row: Row, sampled: SampledToken) -> tuple[int, ...]:
+        return (sampled.token,) * (2 if self._mixed and row.place % 2 else 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,18 +161,20 @@ class _Run:
     spans: Mapping[int, Span]
 
     @classmethod
-    def make(cls, device_name: str, directory: Path, policy: Policy, num_steps: int) -> _Run:
+    def make(
+        cls, device_name: str, directory: Path, policy: Policy, num_steps: int, *, mixed: bool
+    ) -> _Run:
         device = open_device(device_name, _FAST if device_name == "emulated" else None)
         config = read_config(_MODEL)
         plan = Planner(
             config,
-            [Need(2, num_steps)] * policy.micro_batch_size,
+            [Need(2, 2 * num_steps)] * policy.micro_batch_size,
             dummy_tensors(config, cache_dir=directory),
             _ROOMY,
             device_tier=device.tier,
             compute_dtype="float32",
         )(policy)
-        rows = _Rows(policy.micro_batch_size, num_steps)
+        rows = _Rows(policy.micro_batch_size, num_steps, mixed=mixed)
         recorder = Recorder(keep_spans=True)
         stage = Stage(plan, device, kv_file=None, hidden_file=None, commit=rows.commit)
         try:

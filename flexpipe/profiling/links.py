@@ -21,9 +21,9 @@ import numpy.typing as npt
 from flexpipe.memory.disk import CHUNK_BYTES, DiskFile, aligned_buffer
 from flexpipe.memory.tier import TierMemory
 from flexpipe.plan.hardware import free_disk
+from flexpipe.profiling.effort import Effort
+from flexpipe.profiling.stopwatch import Task
 from flexpipe.runtime.device import Device
-from flexpipe.runtime.effort import Effort
-from flexpipe.runtime.stopwatch import Task
 from flexpipe.units import MIB
 
 IN_FLIGHT = (1, 2, 4, 8)

@@ -25,18 +25,18 @@ from flexpipe.policy.profile import (
     read_profile,
     render_profile,
 )
-from flexpipe.runtime import profile_cache
-from flexpipe.runtime.effort import FULL, QUICK, Effort
-from flexpipe.runtime.measure_products import ProductTasks
-from flexpipe.runtime.measure_slowdown import slowdowns
-from flexpipe.runtime.profile import machine_id, measure_profile, with_dtypes
-from flexpipe.runtime.profile_cache import (
+from flexpipe.profiling import cache
+from flexpipe.profiling.cache import (
     Measure,
     machine_profile,
     profile_path,
     write_profile,
 )
-from flexpipe.runtime.stopwatch import Rated, Stopwatch, Task, TaskSource, rate_all
+from flexpipe.profiling.effort import FULL, QUICK, Effort
+from flexpipe.profiling.machine import machine_id, measure_profile, with_dtypes
+from flexpipe.profiling.products import ProductTasks
+from flexpipe.profiling.slowdown import slowdowns
+from flexpipe.profiling.stopwatch import Rated, Stopwatch, Task, TaskSource, rate_all
 from flexpipe.units import MIB
 
 KIB = 1024
@@ -44,6 +44,7 @@ TINY = replace(
     QUICK,
     rounds=1,
     window_s=0.0,
+    disk_window_s=0.0,
     weights=((64, 64), (512, 512)),
     rows=(1, 64),
     prefill=(16, 64),
@@ -77,7 +78,8 @@ def test_a_real_measurement_has_all_that_a_prediction_reads(tmp_path: Path) -> N
     assert set(rates.convert) == {"bfloat16>float32", "float16>float32"}
     assert set(rates.widen) == {"4>float32", "8>float32"}
     assert set(rates.compress) == {"4", "8"}
-    assert set(rates.sample) == set(made.load) == set(rates.decode_attention_flops) == {"float32"}
+    assert set(rates.sample) == set(rates.decode_attention_flops) == {"float32"}
+    assert set(made.load) == {"float32", "pools"}
     assert (made.device, made.machine, made.quick) == ("cpu", machine_id(), True)
     assert_same(parse_profile_text(render_profile(made)), made)
     assert [path.name for path in tmp_path.rglob("*.bin")] == []
@@ -88,11 +90,11 @@ def test_what_computes_is_measured_with_all_threads_and_what_moves_with_one(
 ) -> None:
     threads = []
 
-    def watched(sources: Sequence[TaskSource], watch: Stopwatch, rounds: int) -> Rated:
+    def watched(sources: Sequence[TaskSource], watch: Stopwatch, rounds: int, **how: Any) -> Rated:
         threads.append(torch.get_num_threads())
-        return rate_all(sources, watch, rounds)
+        return rate_all(sources, watch, rounds, **how)
 
-    monkeypatch.setattr("flexpipe.runtime.profile.rate_all", watched)
+    monkeypatch.setattr("flexpipe.profiling.machine.rate_all", watched)
     measure_profile("cpu", tmp_path, ("float32",), quick=True, effort=TINY)
     *moves, computes = threads
     assert set(moves) == {1}
@@ -286,7 +288,7 @@ def test_mounts_and_numbers_of_threads_have_profiles_of_their_own(
     ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = {profile_path("cpu", tmp_path)}
-    monkeypatch.setattr(profile_cache, "mount_of", lambda directory: "/elsewhere")
+    monkeypatch.setattr(cache, "mount_of", lambda directory: "/elsewhere")
     paths.add(profile_path("cpu", tmp_path))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     paths.add(profile_path("cpu", tmp_path))
@@ -336,7 +338,7 @@ def test_a_given_profile_of_another_machine_is_told_once(
     changes: dict[str, Any],
     told: list[str],
 ) -> None:
-    profile_cache.tell_once.cache_clear()
+    cache.tell_once.cache_clear()
     path = tmp_path / "given.yaml"
     write_profile(path, profile(**{"threads": torch.get_num_threads(), **changes}))
     monkeypatch.setenv("FLEXPIPE_PROFILE", str(path))

@@ -3,7 +3,7 @@
 What is to be measured is data: a `Task` says what it does how much of, and turns of it are
 timed, on an accelerator many at a time, since those return before they are done. A window's rate is
 that of its median turn, so that a hiccup of the machine does not show. A task's rate is that of the
-best of some rounds, which lie seconds apart: what else runs on a machine only ever slows.
+best of some rounds, which lie seconds apart, where what else runs on a machine only ever slows it.
 """
 
 from __future__ import annotations
@@ -68,11 +68,18 @@ class Stopwatch:
         return time.perf_counter() - start
 
 
-def rate_all(sources: Sequence[TaskSource], watch: Stopwatch, rounds: int) -> Rated:
-    """The rate of every task; what a source holds is freed before the next one's turn."""
+def rate_all(
+    sources: Sequence[TaskSource],
+    watch: Stopwatch,
+    rounds: int,
+    *,
+    chosen: Callable[[Sequence[float]], float] = max,
+) -> Rated:
+    """The rate of every task, `chosen` from its rounds; what a source holds is freed before the
+    next one's turn."""
     found: dict[Key, list[float]] = defaultdict(list)
     for _ in range(rounds):
         for source in sources:
             for task in source():
                 found[task.key].append(watch.rate(task))
-    return {key: max(rates) for key, rates in found.items()}
+    return {key: chosen(rates) for key, rates in found.items()}

@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from flexpipe import __version__
-from flexpipe.job import child
-from flexpipe.job.child import run_flexpipe
+from flexpipe.sweep import child
+from flexpipe.sweep.child import run_flexpipe
 from tests.waiting import eventually
 
 # what stands for flexpipe: it says who it is, starts a child of its own, and waits
@@ -28,17 +28,17 @@ except KeyboardInterrupt:
     print("tidied up", flush=True)
     print("on stderr", file=sys.stderr)
 """
-PARENT = "import sys\nfrom flexpipe.job.child import run_flexpipe\nrun_flexpipe([sys.argv[1]])"
+PARENT = "import sys\nfrom flexpipe.sweep.child import run_flexpipe\nrun_flexpipe([sys.argv[1]])"
 
 
 @pytest.fixture
 def waiter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A package `flexpipe` that is found before ours once the child has asked to die with us."""
     package = tmp_path / "flexpipe"
-    (package / "job").mkdir(parents=True)
-    for name in ("__init__.py", "job/__init__.py"):
+    (package / "sweep").mkdir(parents=True)
+    for name in ("__init__.py", "sweep/__init__.py"):
         (package / name).write_text("")
-    (package / "job/child.py").write_text(Path(child.__file__).read_text())
+    (package / "sweep/child.py").write_text(Path(child.__file__).read_text())
     (package / "__main__.py").write_text(WAITER)
     monkeypatch.setattr(child, "_ROOT", tmp_path)
     return tmp_path / "pids"
@@ -123,6 +123,6 @@ def test_kill_9_of_the_parent_kills_the_child(waiter: Path) -> None:
 
 
 def test_a_child_whose_parent_is_dead_already_does_not_begin() -> None:
-    command = [sys.executable, "-m", "flexpipe.job.child", "1", "--version"]
+    command = [sys.executable, "-m", "flexpipe.sweep.child", "1", "--version"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")

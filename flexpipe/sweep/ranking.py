@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexpipe.job.bench import FIGURES, Format
-from flexpipe.job.point import Point
-from flexpipe.job.setting import plain, shown
 from flexpipe.job.table import markdown_table
 from flexpipe.plan.spelling import as_options
+from flexpipe.sweep.point import Point
+from flexpipe.sweep.setting import plain, shown
 
 KEPT = ("measured", "measure_error", "predicted", "predict_error")
 _FORECAST = ("generated_tokens_per_s", "latency_s", "total_s")

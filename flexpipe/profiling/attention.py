@@ -15,15 +15,15 @@ from torch import Tensor
 
 from flexpipe.memory.tier import torch_dtype
 from flexpipe.model import segments
-from flexpipe.model.batch import Batch, RowSpan
-from flexpipe.model.config import DTYPE_BYTES, ModelConfig
+from flexpipe.model.batch import Batch, RopeTable, RowSpan
+from flexpipe.model.config import DTYPE_BYTES, ModelConfig, RopeConfig
 from flexpipe.model.cost import attend_flops, num_attended
 from flexpipe.model.sampling import choose
 from flexpipe.model.workspace import Workspace
 from flexpipe.plan.codec import Codec
-from flexpipe.runtime.effort import Effort
-from flexpipe.runtime.measured_numbers import CODECS, ROTATED_BYTES, Numbers
-from flexpipe.runtime.stopwatch import Task, TaskSource
+from flexpipe.profiling.effort import Effort
+from flexpipe.profiling.numbers import CODECS, ROTATED_BYTES, Numbers
+from flexpipe.profiling.stopwatch import Task, TaskSource
 from flexpipe.units import MIB
 
 WIDTH = 2048  # of hidden states under a norm, and numbers of a token's keys
@@ -50,6 +50,8 @@ class AttentionTasks:
             partial(self._prefill_attention, dtype),
             *self.decoding(dtype),
             partial(self._elementwise, dtype),
+            partial(self._turned, dtype),
+            partial(self._gated, dtype),
             partial(self._samples, dtype),
         ]
 
@@ -163,6 +165,29 @@ class AttentionTasks:
                 work=partial(_normalize, x_TH, weight_H, out_TH, config, room),
             )
 
+    def _turned(self, dtype: str) -> Iterator[Task]:
+        """Queries and keys given their positions."""
+        config, room = _config(HEADS, dtype), self._memory.workspace()
+        rope = RopeTable.build(RopeConfig(theta=10000.0), HEAD_DIM, self._memory.device)
+        for tokens in self._effort.norm:
+            batch = self._batch(config, [RowSpan(0, tokens)], dtype, rope=rope)
+            x_TND = self._memory.drawn((tokens, HEADS, HEAD_DIM), dtype)
+            yield Task(
+                key=("rotary", dtype, x_TND.numel()),
+                amount=x_TND.numel(),
+                work=partial(_turn, x_TND, batch, room),
+            )
+
+    def _gated(self, dtype: str) -> Iterator[Task]:
+        """One wide state by another, in memory that was just written as a product writes it."""
+        for tokens in self._effort.norm:
+            wide_TF, gate_TF = (self._memory.drawn((tokens, WIDTH), dtype) for _ in range(2))
+            yield Task(
+                key=("gating", dtype, tokens * WIDTH),
+                amount=tokens * WIDTH,
+                work=partial(_gate, wide_TF, gate_TF),
+            )
+
     def _samples(self, dtype: str) -> Iterator[Task]:
         logits_RV = self._memory.drawn((SAMPLED, VOCABULARY), dtype)
         yield Task(
@@ -181,12 +206,17 @@ class AttentionTasks:
         return partial(_attend, both[:, : config.num_heads], batch, caches, config, room)
 
     def _batch(
-        self, config: ModelConfig, spans: list[RowSpan], dtype: str, codec: Codec | None = None
+        self,
+        config: ModelConfig,
+        spans: list[RowSpan],
+        dtype: str,
+        codec: Codec | None = None,
+        rope: RopeTable | None = None,
     ) -> Batch:
         return Batch.build(
             config,
             [spans],
-            None,
+            rope,
             lambda index: index.to(self._memory.device),
             torch_dtype(dtype),
             kv_codec=codec,
@@ -243,3 +273,12 @@ def _normalize(
 ) -> None:
     room.reset()
     segments.norm(x_TH, weight_H, None, out_TH, config, room)
+
+
+def _turn(x_TND: Tensor, batch: Batch, room: Workspace, turn: int) -> None:
+    room.reset()
+    segments.turn(x_TND, batch, room)
+
+
+def _gate(wide_TF: Tensor, gate_TF: Tensor, turn: int) -> None:
+    wide_TF.mul_(gate_TF)

@@ -9,9 +9,9 @@ from typing import Any, get_type_hints
 import pytest
 
 from flexpipe.errors import InputError, PolicyError
-from flexpipe.job.grid import MAX_POINTS, parse_vary, read_grid
-from flexpipe.job.setting import knobs_of, read_value, setting_name, shown
 from flexpipe.plan.policy import OPTION_NAMES, Policy, Shares
+from flexpipe.sweep.grid import MAX_POINTS, parse_vary, read_grid
+from flexpipe.sweep.setting import knobs_of, read_value, setting_name, shown
 from flexpipe.units import GIB
 
 

@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from flexpipe.closing import Closing
-from flexpipe.runtime.stopwatch import Task
+from flexpipe.profiling.stopwatch import Task
 
 PAIRS = (
     ("compute", "disk_read"),

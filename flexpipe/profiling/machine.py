@@ -1,6 +1,6 @@
 """Measuring this machine: everything the cost model asks, as one `Profile`.
 
-Each part is measured alone, as the engine does it, by the modules `measure_*`; this one decides
+Each part is measured alone, as the engine does it, by the modules beside this one. Here is decided
 where: what computes in one thread with all intra-op threads, copies in one with a single one, so
 that no second team fights for the cores. Files lie in a folder of the offload directory that goes
 away with the measurement.
@@ -13,6 +13,8 @@ import datetime
 import hashlib
 import os
 import platform
+import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
@@ -24,21 +26,24 @@ import psutil
 import torch
 
 from flexpipe.memory.offload import OffloadDirectory
+from flexpipe.memory.tier import populated
 from flexpipe.model.matmul import packs
 from flexpipe.plan.hardware import free_memory
 from flexpipe.policy.curve import Curve, Surface
 from flexpipe.policy.profile import OVERHEADS, Profile, Rates
+from flexpipe.profiling.attention import PAIR_BYTES, AttentionTasks
+from flexpipe.profiling.effort import FULL, QUICK, Effort
+from flexpipe.profiling.links import DiskTasks, copy_tasks
+from flexpipe.profiling.overhead import op_times, overheads
+from flexpipe.profiling.products import ProductTasks
+from flexpipe.profiling.slowdown import slowdowns
+from flexpipe.profiling.stopwatch import Rated, Stopwatch, Task, TaskSource, rate_all
 from flexpipe.runtime.device import Device, open_device
-from flexpipe.runtime.effort import FULL, QUICK, Effort
-from flexpipe.runtime.measure_attention import PAIR_BYTES, AttentionTasks
-from flexpipe.runtime.measure_links import DiskTasks, copy_tasks
-from flexpipe.runtime.measure_overhead import op_times, overheads
-from flexpipe.runtime.measure_products import ProductTasks
-from flexpipe.runtime.measure_slowdown import slowdowns
-from flexpipe.runtime.stopwatch import Rated, Stopwatch, Task, TaskSource, rate_all
 from flexpipe.runtime.usable import usable_memory
+from flexpipe.units import MIB
 
 CPU = torch.device("cpu")
+_POOL_BYTES, _POOLS = 64 * MIB, 4
 
 Tell = Callable[[str], None]
 _T = TypeVar("_T")
@@ -87,7 +92,7 @@ def measure_profile(
         host=host,
         overhead_s={name: overhead_s[name] for name in OVERHEADS},
         slowdown=slowdown,
-        load=_flat(rates, "load"),
+        load={**_flat(rates, "load"), "pools": _populating()},
         details=_curves(links, "details"),
         threads=torch.get_num_threads(),
         quick=effort.quick,
@@ -194,18 +199,21 @@ def _op_times(device: Device, directory: Path, effort: Effort) -> dict[str, floa
 
 
 def _links(device: Device, disk: DiskTasks, effort: Effort) -> Rated:
-    """Further figures are for people: one round of them will do."""
-    watch = _watch(device.torch_device, effort)
-    sources: list[TaskSource] = [
-        partial(copy_tasks, device, effort),
-        partial(disk.moves, effort.transfers),
-    ]
+    """A disk's rate is what it keeps up, so neither the best of its rounds nor a moment's. Further
+    figures are for people: one round of them will do."""
+    watch, longer = _watch(device.torch_device, effort), Stopwatch(CPU, effort.disk_window_s)
+    copies = [partial(copy_tasks, device, effort)]
+    moves = [partial(disk.moves, effort.transfers)]
     further: list[TaskSource] = [] if effort.quick else [disk.details]
     if device.has_streams and not effort.quick:
         further.append(partial(copy_tasks, device, effort, pin=False))
 
     def rate() -> Rated:
-        return {**rate_all(sources, watch, effort.rounds), **rate_all(further, watch, 1)}
+        return {
+            **rate_all(copies, watch, effort.rounds),
+            **rate_all(moves, longer, effort.rounds, chosen=statistics.median),
+            **rate_all(further, watch, 1),
+        }
 
     return _in_thread(rate, num_threads=1)
 
@@ -229,6 +237,14 @@ def _host(dtypes: Sequence[str], effort: Effort, progress: Tell) -> Rates:
         sources += [products.least(dtype), *attention.decoding(dtype)]
     progress("attention on the CPU")
     return _rates(_in_thread(partial(rate_all, sources, watch, effort.rounds)))
+
+
+def _populating() -> float:
+    """Bytes per second of pools taken. Some at once, since the first come from what is at hand, and
+    a virtual machine's host may take twenty times as long to give more."""
+    start = time.perf_counter()
+    slabs = [populated(_POOL_BYTES, "measuring how fast pools are taken") for _ in range(_POOLS)]
+    return sum(slab.numel() for slab in slabs) / (time.perf_counter() - start)
 
 
 def _slowdowns(
@@ -264,6 +280,8 @@ def _rates(found: Rated) -> Rates:
         "prefill_attention": _curves,
         "decode_attention": _curves,
         "elementwise": _curves,
+        "rotary": _curves,
+        "gating": _curves,
     }
     return Rates(
         **{item.name: forms.get(item.name, _flat)(found, item.name) for item in fields(Rates)}

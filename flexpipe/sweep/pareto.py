@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flexpipe.errors import InputError
-from flexpipe.job.ranking import Row
+from flexpipe.sweep.ranking import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,6 +1,6 @@
 """A grid: the values of each varied name, and every combination of them.
 
-Values are written alike on the command line and in a YAML file; `flexpipe.job.setting` reads them.
+Values are written alike on the command line and in a YAML file; `setting` reads them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from flexpipe.errors import FlexpipeError, InputError
-from flexpipe.job.setting import (
+from flexpipe.sweep.setting import (
     PERCENT,
     Settings,
     read_value,

@@ -13,7 +13,8 @@ _WIDEST = 4  # bytes of a number
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """Sizes to measure at, seconds per window, and rounds.
+    """Sizes to measure at, seconds per window (longer ones for a disk, which may be quicker in a
+    burst than it stays), and rounds.
 
     `weights` are out and in features, the smallest first, `rows` what meets them, as far as a
     product stays within `most_flops`. `prefill` is new tokens per row, `decode` bytes of KV cache,
@@ -27,6 +28,7 @@ class Effort:
     quick: bool
     rounds: int
     window_s: float
+    disk_window_s: float
     weights: tuple[tuple[int, int], ...]
     rows: tuple[int, ...]
     most_flops: float
@@ -67,6 +69,7 @@ FULL = Effort(
     quick=False,
     rounds=3,
     window_s=0.05,
+    disk_window_s=0.3,
     weights=((512, 512), (1024, 1536), (4096, 4096), (14336, 4096)),
     rows=(1, 8, 32, 64, 128, 256, 1024, 4096),
     most_flops=4e10,
@@ -86,6 +89,7 @@ QUICK = Effort(
     quick=True,
     rounds=2,
     window_s=0.01,
+    disk_window_s=0.08,
     weights=((512, 512), (1024, 1536), (4096, 4096)),
     rows=(1, 8, 64, 256, 1024),
     most_flops=1e10,

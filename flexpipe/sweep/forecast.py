@@ -8,8 +8,8 @@ from typing import Any
 from flexpipe.job.bench import Workload
 from flexpipe.job.outlook import Outlook, Shape
 from flexpipe.job.spec import DEFAULT_OFFLOAD_DIR, JobSpec
-from flexpipe.job.sweep import Forecast
 from flexpipe.policy.predict import predict
+from flexpipe.sweep.run import Forecast
 
 
 def forecaster(spec: JobSpec) -> Forecast:

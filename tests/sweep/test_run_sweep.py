@@ -15,17 +15,17 @@ import pytest
 
 from flexpipe.errors import ModelError, PlanError, RunError
 from flexpipe.job.bench import FIGURES, Workload
-from flexpipe.job.child import Ended
-from flexpipe.job.grid import parse_vary
-from flexpipe.job.ledger import Ledger, read_ledger
-from flexpipe.job.pareto import Spot, draw_pareto, frontier
-from flexpipe.job.point import Point, make_points
-from flexpipe.job.ranking import Row, best_first, render
 from flexpipe.job.spec import JobSpec
-from flexpipe.job.sweep import BenchCommand, run_sweep
 from flexpipe.plan.hardware import Emulation
 from flexpipe.plan.policy import Policy, Shares
 from flexpipe.plan.policy_file import PolicyFile
+from flexpipe.sweep.child import Ended
+from flexpipe.sweep.grid import parse_vary
+from flexpipe.sweep.ledger import Ledger, read_ledger
+from flexpipe.sweep.pareto import Spot, draw_pareto, frontier
+from flexpipe.sweep.point import Point, make_points
+from flexpipe.sweep.ranking import Row, best_first, render
+from flexpipe.sweep.run import BenchCommand, run_sweep
 
 SPEC = JobSpec(model="m", input_path=Path("in"), output_path=Path("out"), device="emulated")
 LOAD = {"prompt_len": 16, "gen_len": 4, "warmup": 1, "repetitions": 3}
