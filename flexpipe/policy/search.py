@@ -519,7 +519,7 @@ class _Search:
 
     def _wishes(self, best: Scored) -> dict[str, float]:
         """Estimated throughput with one more GiB of a tier, or a link twice as fast."""
-        wishes = {}
+        wishes: dict[str, float | None] = {}
         for tier in self._machine.tiers:
             if tier != Tier.DISK:
                 more = _with_budget(self._planner, tier, GIB)
@@ -536,14 +536,14 @@ class _Search:
                     self._machine, profile=replace(profile, links=faster), emulation=emulation
                 )
                 wishes[f"{link} twice as fast"] = self._gain(best, self._planner, machine)
-        return wishes
+        return _known(wishes)
 
     def _lossy(self, best: Scored) -> dict[str, float]:
         """Estimated throughput with compression, where it is not allowed."""
         policy = best.plan.policy
         if self._limits.compression or policy.weight_codec or policy.cache_codec:
             return {}
-        gains = {}
+        gains: dict[str, float | None] = {}
         for bits in ("8", "4"):
             weights = {"compress_weight": bits, "compress_vocabulary": bits}
             cache = {"compress_cache": bits}
@@ -552,9 +552,8 @@ class _Search:
                 ("KV cache", cache),
                 ("weights and KV cache", {**weights, **cache}),
             ):
-                gain = self._gain(best, self._planner, self._machine, change)
-                gains[f"{bits}-bit {what}"] = gain
-        return gains
+                gains[f"{bits}-bit {what}"] = self._gain(best, self._planner, self._machine, change)
+        return _known(gains)
 
     def _gain(
         self,
@@ -562,13 +561,14 @@ class _Search:
         make: MakePlan,
         machine: Machine,
         change: Mapping[str, Any] | None = None,
-    ) -> float:
-        """Estimated throughput over the estimate of the best plan's own choice."""
+    ) -> float | None:
+        """Estimated throughput over the estimate of the best plan's own choice; None where that
+        block would not fit, or the machine's rates are not known."""
         knobs = _without_shares(best.plan.policy)
         if self._estimate_s is None:
             self._estimate_s = self._quickest(self._planner, self._machine, knobs)
         after = self._quickest(make, machine, {**knobs, **(change or {})})
-        return self._estimate_s / after if self._estimate_s and after else 1.0
+        return self._estimate_s / after if self._estimate_s and after else None
 
     def _quickest(self, make: MakePlan, machine: Machine, knobs: Mapping[str, Any]) -> float | None:
         programme = SharesProgramme(make, machine, self._demand, knobs)
@@ -586,6 +586,10 @@ class _Search:
 def _without_shares(policy: Policy) -> dict[str, Any]:
     names = Policy.__dataclass_fields__
     return {name: getattr(policy, name) for name in names if name not in KINDS}
+
+
+def _known(gains: Mapping[str, float | None]) -> dict[str, float]:
+    return {what: gain for what, gain in gains.items() if gain is not None}
 
 
 def _with_budget(make: MakePlan, tier: Tier, more: int) -> MakePlan:
