@@ -51,6 +51,7 @@ OTHER_TOKENS = (128, 512, 8192)  # tried for the best choices only
 MOST_REPLAYS = 6
 MOST_REFUSED = 20  # plans that break a limit
 MOST_REFINED = 2
+MOST_VARIED = 2
 _OPTIMISM = 1.05  # an estimate may be this much too high and yet belong to the best plan
 _FILL_STEPS = 5
 _ALIKE = 0.98  # times closer than this are the same
@@ -404,31 +405,66 @@ class _Search:
     # improvements of the best
 
     def _refine(self) -> None:
-        """Vary what was held fixed while choices were compared: chunks, prefetch, halves of
-        layers."""
+        """Vary what was held fixed while choices were compared: chunks and halves of layers, which
+        may make room for a larger block; then what an estimate does not see, such as prefetch."""
         for _ in range(MOST_REFINED):
             before = self._best()
             if before is None:
                 return
-            for change in self._changes(before.plan.policy):
-                knobs = {**_without_shares(before.plan.policy), **change}
-                choices = self._solved(knobs, self._fixed)
-                self._replay(sorted(choices, key=self._promise)[:1])
+            self._replay(self._estimated(self._near(before.plan.policy)))
+            for scored in self._fastest(MOST_VARIED):
+                knobs = _without_shares(scored.plan.policy)
+                for change in self._changes(scored.plan.policy):
+                    self._replay(self._estimated(iter([{**knobs, **change}]))[:1])
             if self._best() is before:
                 return
 
+    def _fastest(self, count: int) -> list[Scored]:
+        return sorted(self._kept(), key=lambda scored: scored.run_s)[:count]
+
+    def _near(self, policy: Policy) -> Iterator[dict[str, Any]]:
+        """Blocks as large or up to four times as large, in other chunks, of whole or halved
+        layers; but for the policy's own."""
+        size, count = policy.micro_batch_size, policy.num_micro_batches
+        free: dict[str, Sequence[Any]] = {
+            "micro_batch_size": sorted({size, size * 3 // 2, size * 2}),
+            "num_micro_batches": (count, 2 * count),
+            "max_batch_tokens": (policy.max_batch_tokens, *OTHER_TOKENS),
+            "separate_layers": (False, True) if self._streams(policy) else (False,),
+        }
+        names = [name for name in free if name not in self._given]
+        knobs = _without_shares(policy)
+        seen = {self._block(knobs)}
+        for values in product(*(free[name] for name in names)):
+            near = {**knobs, **dict(zip(names, values, strict=True))}
+            if "max_batch_tokens" in names:
+                near["max_batch_tokens"] = max(near["max_batch_tokens"], near["micro_batch_size"])
+            block = self._block(near)
+            if block not in seen and near["micro_batch_size"] <= near["max_batch_tokens"]:
+                seen.add(block)
+                yield near
+
+    def _block(self, knobs: Mapping[str, Any]) -> tuple[object, ...]:
+        """What a block comes to: rows and tokens that nobody asks for make no difference."""
+        rows, longest = len(self._needs), max(need.prompt for need in self._needs)
+        size = min(knobs["micro_batch_size"], rows)
+        count = min(knobs["num_micro_batches"], -(-rows // size))
+        tokens = min(knobs["max_batch_tokens"], size * longest)
+        return size, count, tokens, knobs["separate_layers"]
+
+    def _streams(self, policy: Policy) -> bool:
+        return policy.weights != all_on(self._device)
+
     def _changes(self, policy: Policy) -> Iterator[dict[str, Any]]:
         given = self._given
-        if "max_batch_tokens" not in given:
-            longest = policy.micro_batch_size * max(need.prompt for need in self._needs)
-            for tokens in OTHER_TOKENS:
-                least = max(tokens, policy.micro_batch_size)
-                if least < max(longest, 2 * TOKENS) and least != policy.max_batch_tokens:
-                    yield {"max_batch_tokens": least}
-        streams = len(policy.weights.tiers) > 1 or policy.weights.tiers[0] != self._device
-        if "prefetch_depth" not in given and streams:
+        if "prefetch_depth" not in given and self._streams(policy):
             yield {"prefetch_depth": policy.prefetch_depth + 1}
-        if "separate_layers" not in given and streams:
+        for tokens in () if "max_batch_tokens" in given else OTHER_TOKENS:
+            change = {"max_batch_tokens": max(tokens, policy.micro_batch_size)}
+            knobs = _without_shares(policy)
+            if self._block({**knobs, **change}) != self._block(knobs):
+                yield change
+        if "separate_layers" not in given and self._streams(policy):
             yield {"separate_layers": not policy.separate_layers}
         if self._limits.compression:
             for weights, cache in product(_COMPRESSIONS, _COMPRESSIONS):
@@ -483,7 +519,7 @@ class _Search:
 
     def _wishes(self, best: Scored) -> dict[str, float]:
         """Estimated throughput with one more GiB of a tier, or a link twice as fast."""
-        wishes = {}
+        wishes: dict[str, float | None] = {}
         for tier in self._machine.tiers:
             if tier != Tier.DISK:
                 more = _with_budget(self._planner, tier, GIB)
@@ -500,20 +536,24 @@ class _Search:
                     self._machine, profile=replace(profile, links=faster), emulation=emulation
                 )
                 wishes[f"{link} twice as fast"] = self._gain(best, self._planner, machine)
-        return wishes
+        return _known(wishes)
 
     def _lossy(self, best: Scored) -> dict[str, float]:
         """Estimated throughput with compression, where it is not allowed."""
         policy = best.plan.policy
         if self._limits.compression or policy.weight_codec or policy.cache_codec:
             return {}
-        gains = {}
+        gains: dict[str, float | None] = {}
         for bits in ("8", "4"):
-            both = {"compress_weight": bits, "compress_vocabulary": bits, "compress_cache": bits}
-            gains[f"{bits}-bit weights and KV cache"] = self._gain(
-                best, self._planner, self._machine, both
-            )
-        return gains
+            weights = {"compress_weight": bits, "compress_vocabulary": bits}
+            cache = {"compress_cache": bits}
+            for what, change in (
+                ("weights", weights),
+                ("KV cache", cache),
+                ("weights and KV cache", {**weights, **cache}),
+            ):
+                gains[f"{bits}-bit {what}"] = self._gain(best, self._planner, self._machine, change)
+        return _known(gains)
 
     def _gain(
         self,
@@ -521,13 +561,14 @@ class _Search:
         make: MakePlan,
         machine: Machine,
         change: Mapping[str, Any] | None = None,
-    ) -> float:
-        """Estimated throughput over the estimate of the best plan's own choice."""
+    ) -> float | None:
+        """Estimated throughput over the estimate of the best plan's own choice; None where that
+        block would not fit, or the machine's rates are not known."""
         knobs = _without_shares(best.plan.policy)
         if self._estimate_s is None:
             self._estimate_s = self._quickest(self._planner, self._machine, knobs)
         after = self._quickest(make, machine, {**knobs, **(change or {})})
-        return self._estimate_s / after if self._estimate_s and after else 1.0
+        return self._estimate_s / after if self._estimate_s and after else None
 
     def _quickest(self, make: MakePlan, machine: Machine, knobs: Mapping[str, Any]) -> float | None:
         programme = SharesProgramme(make, machine, self._demand, knobs)
@@ -545,6 +586,10 @@ class _Search:
 def _without_shares(policy: Policy) -> dict[str, Any]:
     names = Policy.__dataclass_fields__
     return {name: getattr(policy, name) for name in names if name not in KINDS}
+
+
+def _known(gains: Mapping[str, float | None]) -> dict[str, float]:
+    return {what: gain for what, gain in gains.items() if gain is not None}
 
 
 def _with_budget(make: MakePlan, tier: Tier, more: int) -> MakePlan:

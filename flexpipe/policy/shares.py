@@ -28,6 +28,7 @@ from flexpipe.policy.estimate import Demand, Phase, Work, phases_of, work_of
 from flexpipe.policy.profile import Profile
 
 KINDS = ("weights", "kv_cache")
+HOMES = ("weights", "KV cache")  # their pools
 _PREFER = 1e-6  # of the time: between shares that cost the same, the fastest tiers are filled
 _ATTEMPTS = 12  # to make a plan of whole tensors fit
 _SCALE = 2.0**30  # bytes are told to the solver in GiB
@@ -103,6 +104,7 @@ class SharesProgramme:
         self._demand = demand
         self._knobs = {name: value for name, value in knobs.items() if name not in KINDS}
         self._most_written = most_written
+        self._plans: dict[tuple[Tier, Tier], Plan] = {}
         self._pures: dict[tuple[Tier, Tier], _Pure] = {}
         self._phases: tuple[Phase, ...] = ()
 
@@ -136,12 +138,12 @@ class SharesProgramme:
                 yield _Share(kind, tier, low, high, self._pure(*where))
 
     def _room(self, shares: Sequence[_Share]) -> dict[Tier, float]:
-        """Budgets less pools, slots and staging, which do not depend on the shares: they are as
-        large as when all of a kind rests on the slowest tier it may."""
+        """Budgets less pools that do not depend on the shares (slots, staging, workspace), each as
+        large as any of these homes makes it: slots are largest where all comes from far away."""
         slowest = {share.kind: share.tier for share in shares}
-        plan = self._pure(slowest["weights"], slowest["kv_cache"]).plan
+        plans = [self._plan(**{**slowest, share.kind: share.tier}) for share in shares]
         return {
-            tier: plan.budgets.of(tier) - (plan.tier_bytes(tier) - sum(home_bytes(plan, tier)))
+            tier: plans[0].budgets.of(tier) - _largest_fixed(plans, tier)
             for tier in self._machine.tiers
         }
 
@@ -219,15 +221,32 @@ class SharesProgramme:
         key = weights, kv_cache
         pure = self._pures.get(key)
         if pure is None:
-            policy = Policy(
-                **{**self._knobs, "weights": all_on(weights), "kv_cache": all_on(kv_cache)}
-            )
-            plan = self._make(policy)
+            plan = self._plan(weights, kv_cache)
             costs = CostModel(plan, self._machine.profile, self._machine.emulation)
             self._phases = self._phases or phases_of(plan, self._demand)
             works = tuple(work_of(costs, phase, self._demand) for phase in self._phases)
             pure = self._pures[key] = _Pure(plan, works)
         return pure
+
+    def _plan(self, weights: Tier, kv_cache: Tier) -> Plan:
+        key = weights, kv_cache
+        if key not in self._plans:
+            shares = {"weights": all_on(weights), "kv_cache": all_on(kv_cache)}
+            self._plans[key] = self._make(Policy(**{**self._knobs, **shares}))
+        return self._plans[key]
+
+
+def _largest_fixed(plans: Sequence[Plan], tier: Tier) -> int:
+    """What a tier holds beside homes of weights and KV cache, every pool at its largest."""
+    pools: dict[str, int] = {}
+    others = 0
+    for plan in plans:
+        here = [pool for pool in plan.pools if pool.tier == tier]
+        others = max(others, plan.tier_bytes(tier) - sum(pool.num_bytes for pool in here))
+        for pool in here:
+            if pool.name not in HOMES:
+                pools[pool.name] = max(pools.get(pool.name, 0), pool.num_bytes)
+    return others + sum(pools.values())
 
 
 def _fits(shares: Sequence[_Share], values: FloatArray, room: Bytes) -> bool:
@@ -248,11 +267,10 @@ def tidy(values: Mapping[Tier, float]) -> Shares:
 
 def home_bytes(plan: Plan, tier: Tier) -> tuple[float, float]:
     """Bytes of weights, and of KV cache, that rest on a tier."""
-    weights = kv_cache = 0.0
-    for pool in plan.pools:
-        if pool.tier == tier:
-            weights += pool.num_bytes if pool.name == "weights" else 0
-            kv_cache += pool.num_bytes if pool.name == "KV cache" else 0
+    weights, kv_cache = (
+        sum(pool.num_bytes for pool in plan.pools if pool.tier == tier and pool.name == home)
+        for home in HOMES
+    )
     return weights, kv_cache
 
 

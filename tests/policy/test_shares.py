@@ -109,7 +109,7 @@ def test_shares_that_the_programme_finds_make_a_plan_that_fits(data, tier, trave
 @given(data=st.data(), tier=TIERS)
 def test_where_a_plan_fits_the_programme_finds_shares_no_slower(data, tier):
     """With room for slots and staging as large as the programme takes them: as if all travelled."""
-    asked = data.draw(knobs(tier))
+    asked = {**data.draw(knobs(tier)), "cpu_attention": False}
     kinds = {"weights": data.draw(shares(tier)), "kv_cache": data.draw(shares(tier))}
     roomy = planner(ROOMY, tier)
     try:
@@ -180,7 +180,7 @@ def test_bytes_written_to_disk_stay_below_their_limit():
 @LIMITS
 @given(data=st.data(), tier=TIERS)
 def test_what_no_longer_fits_when_shares_become_whole_tensors_moves_down(data, tier):
-    asked = data.draw(knobs(tier))
+    asked = {**data.draw(knobs(tier)), "cpu_attention": False}
     budgets = more(least(asked, tier), {one: data.draw(st.integers(0, MOST)) for one in Tier})
     slow = more(budgets, {Tier.GPU: 0, Tier.CPU: 0, Tier.DISK: GIB})
     found = programme(planner(slow, tier), tier, asked).solve({}, travels=(True, True))
