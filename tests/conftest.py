@@ -21,7 +21,11 @@ pytest_plugins = [
 
 # the same examples on every machine; how long one takes says nothing about it
 hypothesis.settings.register_profile(
-    "claims", derandomize=True, deadline=None, print_blob=True, database=None
+    "claims", derandomize=True, deadline=None, print_blob=True, database=None, max_examples=40
+)
+# `bin/test --hypothesis-profile thorough`: more of them wherever a test does not say how many
+hypothesis.settings.register_profile(
+    "thorough", hypothesis.settings.get_profile("claims"), max_examples=500
 )
 hypothesis.settings.load_profile("claims")
 
