@@ -83,6 +83,13 @@ def test_a_run_has_its_lanes_and_few_helpers(counts):
     assert len(Lane) <= added <= len(Lane) + SCATTERED_IN_FLIGHT
 
 
+def test_any_number_of_threads_gives_the_same_tokens(counts):
+    """The rest of the suite runs with one."""
+    (one, again), several = counts[1]["tokens"], counts[NUM_THREADS]["tokens"]
+    assert one == again and several == [one, one]
+    assert len({token for answer in one for token in answer}) > 8
+
+
 def test_there_is_one_team_of_torchs_threads(counts):
     """Loading, too, must not leave a second team behind: it would fight for the cores."""
     several, alone = counts[NUM_THREADS], counts[1]

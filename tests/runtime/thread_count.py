@@ -1,4 +1,4 @@
-"""`python -m tests.runtime.thread_count MODEL FOLDER`: one run; tells its threads as JSON.
+"""`python -m tests.runtime.thread_count MODEL FOLDER`: a run tells its threads and tokens as JSON.
 
 In a process of its own, since torch's threads stay with a process.
 """
@@ -42,11 +42,9 @@ def main(model: str, folder: str) -> None:
             teams[op.lane.value] = {name: int(number) for name, number in found}
 
     run = Runner(Path(model), Path(folder), ragged_prompts([100, 90, 80, 70]), 4)
-    for _ in range(2):
-        run(KNOBS, probes=Probes(before_op=look))
-    print(
-        json.dumps({"before": before, "peak": max(during), "after": num_threads(), "teams": teams})
-    )
+    tokens = [run(KNOBS, probes=Probes(before_op=look)).tokens for _ in range(2)]
+    told = {"before": before, "peak": max(during), "after": num_threads(), "teams": teams}
+    print(json.dumps({**told, "tokens": tokens}))
 
 
 if __name__ == "__main__":
