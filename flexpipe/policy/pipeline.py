@@ -87,9 +87,12 @@ def search_pipeline(
     sites: Sequence[Site],
     arrangement: Arrangement,
     limits: Limits | None = None,
+    *,
+    num_played: int = MOST_REPLAYS,
 ) -> FoundPipeline:
-    """The fastest pipeline over the ranks' sites that keeps what is given for each."""
-    return _Search(model, sites, arrangement, limits or Limits()).run()
+    """The fastest pipeline over the ranks' sites that keeps what is given for each; `num_played`
+    shapes at most are played."""
+    return _Search(model, sites, arrangement, limits or Limits(), num_played).run()
 
 
 def best_pipeline(
@@ -180,12 +183,18 @@ class _Stages:
 
 class _Search:
     def __init__(
-        self, model: Model, sites: Sequence[Site], arrangement: Arrangement, limits: Limits
+        self,
+        model: Model,
+        sites: Sequence[Site],
+        arrangement: Arrangement,
+        limits: Limits,
+        num_played: int,
     ) -> None:
         self._model = model
         self._sites = sites
         self._arrangement = arrangement
         self._limits = limits
+        self._num_played = num_played
         self._scored: list[ScoredPipeline] = []
         self._refused: list[tuple[ScoredPipeline, str]] = []
         self._kinds = [_first_like(sites, site) for site in sites]
@@ -197,7 +206,8 @@ class _Search:
             stages = self._stages(self._balanced(stages))
         wholes = stages.wholes()
         self._replay(stages, wholes)
-        if self._scored and not any("max_batch_tokens" in site.given for site in self._sites):
+        is_free = not any("max_batch_tokens" in site.given for site in self._sites)
+        if self._scored and is_free and self._num_played > 1:
             for tokens in OTHER_TOKENS:
                 self._replay(stages, stages.with_tokens(wholes[0], tokens))
         scored = sorted(self._scored, key=lambda one: one.run_s)
@@ -263,7 +273,7 @@ class _Search:
         num_played = 0
         for whole in wholes:
             fastest = min((scored.run_s for scored in self._scored), default=inf)
-            if num_played == MOST_REPLAYS or whole.seconds > OPTIMISM * fastest:
+            if num_played == self._num_played or whole.seconds > OPTIMISM * fastest:
                 return
             num_played += self._play(stages, whole)
 
