@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import cycle
 from typing import NamedTuple
 
 import numpy as np
@@ -194,9 +195,9 @@ def first_spans(
     """What runs when on each rank in a job's first steps; without their number, in those that begin
     with the first `DRAWN_OPS` ops of rank 0."""
     player = _Player(stages[0].plan, _queue(needs))
-    opening = _Opening(player.places, num_steps)
+    opening = _Opening(stages[0].plan, player, num_steps)
     costs = [stage.costs() for stage in stages]
-    made = _play(costs, opening.steps, player.commit, keep_spans=True, counted=opening.counted)
+    made = _play(costs, opening.steps, opening.commit, keep_spans=True, counted=opening.counted)
     return [one.spans for one in made]
 
 
@@ -285,28 +286,41 @@ class _Opening:
     """A job's steps up to some number, or while there are few ops; these are played to their
     end."""
 
-    def __init__(self, places: Places[Need], num_steps: int | None) -> None:
-        self._places = places
+    def __init__(self, plan: Plan, player: _Player, num_steps: int | None) -> None:
+        self._blocks = plan.blocks
+        self._player = player
         self._num_steps = num_steps
         self._num_ops = 0
+        self._in_flight: set[int] = set()
 
     def counted(self, ops: Iterator[Op | None]) -> Iterator[Op | None]:
         for op in ops:
             self._num_ops += op is not None
             yield op
 
+    def commit(self, batch: MicroBatch, now_s: float) -> None:
+        self._in_flight.discard(batch.index)
+        self._player.commit(batch, now_s)
+
     def steps(self, index: int) -> Iterator[MicroBatch | None] | None:
         if index == 0 or self._goes_on(index):
-            return self._places.steps(index)
-        return self._rest() if self._places.is_busy else None
+            formed = self._player.places.steps(index)
+            return None if formed is None else self._passed_on(formed)
+        return self._rest(self._blocks[index % len(self._blocks)]) if self._in_flight else None
 
     def _goes_on(self, index: int) -> bool:
         if self._num_steps is None:
             return self._num_ops < DRAWN_OPS
         return index < self._num_steps
 
-    def _rest(self) -> Iterator[None]:
-        while self._places.is_busy:
+    def _passed_on(self, formed: Iterator[MicroBatch | None]) -> Iterator[MicroBatch | None]:
+        for batch in formed:
+            if batch is not None:
+                self._in_flight.add(batch.index)
+            yield batch
+
+    def _rest(self, block: Iterable[int]) -> Iterator[None]:
+        while self._in_flight.intersection(block):
             yield None
 
 
@@ -357,16 +371,19 @@ class _Rehearse:
 
     def run(self) -> _Rehearsal:
         made = self._made
-        while not self._places.is_done:
+        for block in cycle(self._blocks):
+            if self._places.is_done:
+                break
             is_steady = bool(made.stays) and not self._places.is_tail
             step: dict[int, Counts] = {}
-            for mb in self._blocks[len(made.steps) % len(self._blocks)]:
+            for mb in block:
                 parts = self._places.form(mb)
                 if parts is not None:
                     step[mb] = parts
                     self._take(mb, parts)
-            made.steps.append(step)
-            made.weights.append(0.0 if is_steady else 1.0)
+            if step:
+                made.steps.append(step)
+                made.weights.append(0.0 if is_steady else 1.0)
         return made
 
     def _take(self, mb: int, parts: Counts) -> None:
@@ -658,15 +675,12 @@ class _Script:
         self.ends_s[self._in_flight.pop(batch.index)] = now_s
 
     def _step(self, index: int) -> Iterator[MicroBatch | None]:
-        if index >= len(self._steps):
-            while self._in_flight:
-                yield None
-            return
-        for batch in self._steps[index]:
+        for batch in self._steps[index % len(self._steps)]:
             while batch.index in self._in_flight:
                 yield None
-            self._in_flight[batch.index] = index // self._num_blocks
-            yield batch
+            if index < len(self._steps):
+                self._in_flight[batch.index] = index // self._num_blocks
+                yield batch
 
 
 def _num_decoders(plan: Plan) -> int:

@@ -1,10 +1,10 @@
 """Plays ops against costs: when each would run, and how busy every lane and link is.
 
 The ops are the very ones the executor runs, taken as its dispatcher takes them: a bounded number
-ahead, and not past a micro-batch whose rows a COMMIT has yet to make known. Lanes perform them in
-the order they become ready. Ops that run at the same time share links, and slow each other down as
-the costs say: every op has an amount of work, and its speed is settled anew whenever another one
-starts or ends.
+ahead, and not past a micro-batch whose rows a COMMIT has yet to make known. Of those that are ready
+a lane performs the one that was issued first. Ops that run at the same time share links, and slow
+each other down as the costs say: every op has an amount of work, and its speed is settled anew
+whenever another one starts or ends.
 
 The ranks of a pipeline are played together, each with its own ops, lanes and links. Messages couple
 them: the n-th that a rank sends is the n-th that the next one receives, and it moves once both have
@@ -13,9 +13,10 @@ come to it. Whoever waits for steps that rank 0 has yet to form asks again when 
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 
 from flexpipe.schedule.op import LANE_OF, Kind, Lane, Op
 from flexpipe.schedule.step import MicroBatch
@@ -190,7 +191,7 @@ class _Rank:
         self._on_commit = on_commit
         self._keep_spans = keep_spans
         self._pending: dict[int, _Waiting] = {}
-        self._queues: dict[Lane, deque[tuple[Op, float]]] = {lane: deque() for lane in Lane}
+        self._ready: dict[Lane, list[tuple[int, Op, float]]] = {lane: [] for lane in Lane}  # heaps
         self._running: dict[Lane, _Running] = {}
         self._is_blocked = False  # until the next COMMIT, or news of one
         self._step_s = _NEVER  # to the next moment at which an op begins or ends
@@ -252,12 +253,12 @@ class _Rank:
                 waiting.num_unmet += 1
         self._pending[op.id] = waiting
         if not waiting.num_unmet:
-            self._queues[op.lane].append((op, self.now_s))
+            heappush(self._ready[op.lane], (op.id, op, self.now_s))
 
     def _start_idle(self) -> None:
-        for lane, queue in self._queues.items():
-            if queue and lane not in self._running:
-                op, since_s = queue.popleft()
+        for lane, ready in self._ready.items():
+            if ready and lane not in self._running:
+                _, op, since_s = heappop(ready)
                 cost = self._cost_of(op)
                 hop_s = max(0.0, since_s + self._hop_s - self.now_s)
                 start_s = self.now_s + hop_s
@@ -333,4 +334,4 @@ class _Rank:
             if not waiting.num_unmet:
                 after = waiting.op
                 since_s = -_NEVER if after.lane == op.lane else self.now_s
-                self._queues[after.lane].append((after, since_s))
+                heappush(self._ready[after.lane], (after.id, after, since_s))
