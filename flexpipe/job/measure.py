@@ -179,7 +179,7 @@ def _shares(plan: Plan) -> list[ShareUse]:
     for mb in plan.micro_batches:
         by_kind["hidden"][mb.hidden_home] += plan.hidden_bytes(mb)
         for tier in Tier:
-            room = mb.region_tokens * plan.token_bytes * plan.config.num_layers
+            room = mb.region_tokens * plan.token_bytes * plan.num_decoder_layers
             by_kind["kv_cache"][tier] += len(mb.places(tier)) * room
     uses = []
     for kind, given in by_kind.items():

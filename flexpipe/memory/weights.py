@@ -280,7 +280,7 @@ def _matrices(
     plan: Plan, resident: Mapping[str, PlacedTensor], device: torch.device
 ) -> dict[str, PlacedTensor]:
     """Resident weights that only ever meet a product, and are worth packing for it."""
-    looked_up = plan.config.tensor_names["embed_tokens"]
+    looked_up = plan.embedding.spec.name if plan.embeds else None
     return {
         name: placed
         for name, placed in resident.items()

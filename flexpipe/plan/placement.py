@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Protocol
 
 from flexpipe.errors import PolicyError
@@ -27,6 +28,7 @@ from flexpipe.model.config import (
     mlp_tensors,
 )
 from flexpipe.plan.codec import Codec
+from flexpipe.plan.pipeline import Pipeline
 from flexpipe.plan.policy import Shares
 from flexpipe.plan.tier import Tier
 
@@ -140,11 +142,19 @@ class Placement:
 
 def model_tensors(config: ModelConfig) -> tuple[TensorSpec, ...]:
     """Every tensor of the model once, in the order of use (a tied head is the embedding)."""
+    return stage_tensors(config, Pipeline.whole(config.num_layers), 0)
+
+
+def stage_tensors(config: ModelConfig, pipeline: Pipeline, rank: int) -> tuple[TensorSpec, ...]:
+    """The same of one stage; both ends of a pipeline hold a tied table."""
     specs: dict[str, TensorSpec] = {}
-    groups: list[Iterable[TensorSpec]] = [embed_tensors(config)]
-    for layer in range(config.num_layers):
+    groups: list[Iterable[TensorSpec]] = []
+    if pipeline.embeds(rank):
+        groups.append(embed_tensors(config))
+    for layer in chain.from_iterable(pipeline.chunks(rank)):
         groups += [attention_tensors(config, layer), mlp_tensors(config, layer)]
-    groups.append(head_tensors(config))
+    if pipeline.has_head(rank):
+        groups.append(head_tensors(config))
     for group in groups:
         for spec in group:
             specs.setdefault(spec.name, spec)
@@ -161,7 +171,7 @@ def meets_vocabulary(spec: TensorSpec) -> bool:
 
 
 def place_weights(
-    config: ModelConfig,
+    specs: Sequence[TensorSpec],
     shares: Shares,
     stored: Mapping[str, Stored],
     *,
@@ -172,14 +182,13 @@ def place_weights(
     vocabulary_codec: Codec | None = None,
     compress: Compress | None = None,
 ) -> Placement:
-    """Deal the model's tensors to tiers.
+    """Deal the tensors of a model, or of one stage, to tiers.
 
     Tensors at home on `device_tier` are held in the compute dtype unless `resident_dtype` is
     "checkpoint"; tensors that travel are held in the smaller of checkpoint and compute dtype; on
     disk they stay as they are. Where a codec is given, shared tensors are compressed everywhere,
     and `compress` tells where that form of a tensor lies.
     """
-    specs = model_tensors(config)
     shared = [spec for spec in specs if is_shared(spec)]
     codecs = {
         spec.name: codec

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 
 import torch
 from torch import Tensor
@@ -40,10 +40,12 @@ from flexpipe.model.matmul import CompressedWeight
 from flexpipe.model.sampling import choose
 from flexpipe.model.workspace import Workspace
 from flexpipe.plan.layer import LayerKind, LayerPlan
+from flexpipe.plan.pipeline import Pipeline
 from flexpipe.plan.plan import Plan, PoolPlan
 from flexpipe.plan.tier import Tier
 from flexpipe.runtime.device import Device
-from flexpipe.schedule.op import Kind, Op, Segment
+from flexpipe.runtime.transport import Transport
+from flexpipe.schedule.op import Kind, Lane, Op, Segment
 from flexpipe.schedule.step import MicroBatch, Row
 
 OpHook = Callable[[Op], None]
@@ -95,15 +97,18 @@ class Stage:
         *,
         kv_file: DiskFile | None,
         hidden_file: DiskFile | None,
-        commit: Commit,
+        commit: Commit | None,
+        transport: Transport | None = None,
         before_op: OpHook | None = None,
         poison: bool = False,
     ) -> None:
-        """Take every pool. `before_op` and `poison` are for tests: a hook called first in every op,
-        and slots that hold rubbish until they are filled."""
+        """Take every pool. Only the first stage of a pipeline commits; `transport` reaches the
+        others. `before_op` and `poison` are for tests: a hook called first in every op, and slots
+        that hold rubbish until they are filled."""
         self.plan = plan
         self._device = device
         self._commit_rows = commit
+        self._transport = transport
         self._before_op = before_op
         self._poison = poison
         self.memory = TierMemory(device.torch_device, pin=plan.policy.pin_weights)
@@ -143,6 +148,10 @@ class Stage:
             Kind.COMPUTE: self._compute,
             Kind.SAMPLE: self._sample,
             Kind.FETCH_TOKENS: self._fetch_tokens,
+            Kind.RECEIVE_HIDDEN: self._receive_hidden,
+            Kind.SEND_HIDDEN: self._send_hidden,
+            Kind.RECEIVE_TOKENS: self._receive_tokens,
+            Kind.SEND_TOKENS: self._send_tokens,
             Kind.COMMIT: self._commit,
             Kind.BARRIER: lambda op: None,
         }
@@ -175,9 +184,16 @@ class Stage:
         self._work[op.kind](op)
 
     def describe(self, op: Op) -> str:
-        """An op for messages, its layer by name."""
+        """An op for messages, its layer by name, and the stage where there are several."""
         mb = "" if op.batch is None else f", micro-batch {op.batch.index}"
-        return f"{op.kind.value} of {self._layer(op).name} (step {op.step}{mb})"
+        whole = f"{op.kind.value} {self._object(op)} (step {op.step}{mb})"
+        pipeline, rank = self.plan.pipeline, self.plan.rank
+        return f"{stage_name(pipeline, rank)}: {whole}" if pipeline.is_cut else whole
+
+    def abort(self) -> None:
+        """End the messages that other threads wait in; they raise."""
+        if self._transport is not None:
+            self._transport.abort()
 
     def close(self) -> None:
         self._reader.close()
@@ -196,6 +212,7 @@ class Stage:
             self._head_inputs,
             self._logits,
             *self._fetched,
+            *self._messages,
         ):
             slab.fill_(POISON)
 
@@ -211,8 +228,8 @@ class Stage:
         elif kind in (Kind.READ_CACHE, Kind.LOAD_CACHE):
             filled = None if kind == Kind.LOAD_CACHE else stage
             self.kv_cache.poison(slot=op.kv_slot, read_stage=filled)
-        elif kind in (Kind.READ_HIDDEN, Kind.LOAD_HIDDEN):
-            filled = None if kind == Kind.LOAD_HIDDEN else stage
+        elif kind in (Kind.READ_HIDDEN, Kind.LOAD_HIDDEN, Kind.RECEIVE_HIDDEN):
+            filled = stage if kind == Kind.READ_HIDDEN else None
             self._hidden.poison(slot=op.hidden_slot, read_stage=filled)
         elif kind == Kind.COMPUTE and op.segment == Segment.QKV:
             assert op.attention_slot is not None
@@ -354,6 +371,73 @@ class Stage:
         num_tokens, num_rows = self._rows(op).num_new, self._layout(op).num_cpu_rows
         return op.attention_slot, op.stage_slot, num_tokens, num_rows
 
+    # messages
+
+    def _receive_hidden(self, op: Op) -> None:
+        """Rows come by ascending place and go where they lie here."""
+        assert self._transport is not None
+        hidden_TH, order_T = self._hidden.view(self._rows(op), op.hidden_slot), self._order(op)
+        if order_T is None:
+            self._transport.receive(hidden_TH)
+            return
+        came_TH = typed(self._messages[1], self._dtype, hidden_TH.shape)
+        self._transport.receive(came_TH)
+        hidden_TH.index_copy_(0, self._to_device(order_T), came_TH)
+        if self._device.has_streams:
+            torch.accelerator.current_stream().synchronize()
+
+    def _send_hidden(self, op: Op) -> None:
+        assert self._transport is not None
+        hidden_TH, order_T = self._hidden.view(self._rows(op), op.hidden_slot), self._order(op)
+        if order_T is not None:
+            leaving_TH = typed(self._messages[0], self._dtype, hidden_TH.shape)
+            torch.index_select(hidden_TH, 0, self._to_device(order_T), out=leaving_TH)
+            hidden_TH = leaving_TH
+        self._transport.send(hidden_TH)
+
+    def _receive_tokens(self, op: Op) -> None:
+        """Sampled rows of all micro-batches, by ascending place: tokens and whether they mean
+        something."""
+        assert self._transport is not None
+        came = _token_message(op)
+        self._transport.receive(came)
+        for layout, where in self._sampled_in(op):
+            for target, source in zip(self._fetched[layout.source.index], came, strict=True):
+                target[: len(where)].copy_(source[where])
+
+    def _send_tokens(self, op: Op) -> None:
+        assert self._transport is not None
+        leaving = _token_message(op)
+        for layout, where in self._sampled_in(op):
+            for target, source in zip(leaving, self._fetched[layout.source.index], strict=True):
+                target[where] = source[: len(where)].to(target.dtype)
+        self._transport.send(leaving)
+
+    def _order(self, op: Op) -> Tensor | None:
+        """Where the tokens of a message, rows by ascending place, lie in hidden; None where they
+        lie in that order."""
+        if not self.plan.reorders_messages:
+            return None
+        layout = self._layout(op)
+        rows = [row for run in layout.runs for row in run.rows]
+        if all(one.place < other.place for one, other in pairwise(rows)):
+            return None
+        ends = accumulate(row.num_new for row in rows)
+        spans = {
+            row.place: range(end - row.num_new, end) for row, end in zip(rows, ends, strict=True)
+        }
+        ascending = chain.from_iterable(spans[place] for place in sorted(spans))
+        return torch.tensor(list(ascending), dtype=torch.int64)
+
+    def _sampled_in(self, op: Op) -> Iterator[tuple[_Layout, list[int]]]:
+        """The micro-batches of a message of tokens, and each sampled row's place in it."""
+        first = 0
+        for source in op.batches:
+            layout = self._layout_of(source)
+            places = sorted(row.place for row in layout.sampled)
+            yield layout, [first + places.index(row.place) for row in layout.sampled]
+            first += len(places)
+
     # compute
 
     def _compute(self, op: Op) -> None:
@@ -362,7 +446,7 @@ class Stage:
         parts = self.weights.layer(layer, op.weight_slot)
         hidden_TH = (
             self._hidden.view(self._rows(op), op.hidden_slot)
-            if op.layer == 0 or (layer.takes_hidden)
+            if layer.takes_hidden or layer.leaves_hidden
             else None
         )
         if layout.batch is None:
@@ -451,7 +535,8 @@ class Stage:
         assert batch is not None and isinstance(weights, segments.HeadWeights)
         assert layer.vocab is not None and parts.lm_head is not None
         mb, rows = self._rows(op).index, len(layout.sampled)
-        x_RE = typed(self._head_inputs[mb], self._dtype, (rows, self.plan.config.input_size))
+        slab = self._head_inputs[self.plan.ranks_in_block[mb]]
+        x_RE = typed(slab, self._dtype, (rows, self.plan.config.input_size))
         if hidden_TH is not None:
             x_RE.copy_(
                 segments.head_input(
@@ -488,6 +573,7 @@ class Stage:
                 layout.sampled, tokens_R[:count].tolist(), finite_R[:count].tolist(), strict=True
             )
         ]
+        assert self._commit_rows is not None
         self._commit_rows(layout.source, sampled)
 
     def logits(self, op: Op) -> tuple[Sequence[Row], Tensor]:
@@ -526,6 +612,16 @@ class Stage:
 
     # lookups
 
+    def _object(self, op: Op) -> str:
+        """What an op is about, behind its kind."""
+        rank, num_stages = self.plan.rank, self.plan.pipeline.num_stages
+        match op.lane:
+            case Lane.SEND:
+                return f"to stage {(rank + 1) % num_stages}"
+            case Lane.RECEIVE:
+                return f"from stage {(rank - 1) % num_stages}"
+        return f"of {self._layer(op).name}"
+
     def _layer(self, op: Op) -> LayerPlan:
         return self.plan.layers[op.layer]
 
@@ -540,7 +636,9 @@ class Stage:
 
     def _layout(self, op: Op) -> _Layout:
         """The micro-batch's layout in this step; made by whichever op needs it first."""
-        source = self._rows(op)
+        return self._layout_of(self._rows(op))
+
+    def _layout_of(self, source: MicroBatch) -> _Layout:
         with self._lock:
             layout = self._layouts.get(source.index)
             if layout is None or layout.source is not source:
@@ -550,7 +648,7 @@ class Stage:
     def _make_layout(self, source: MicroBatch) -> _Layout:
         runs = self.kv_cache.runs(source)
         rows = [row for run in runs for row in run.rows]
-        ids = list(chain.from_iterable(row.tokens for row in rows))
+        ids = list(chain.from_iterable(row.tokens for row in rows)) if self.plan.embeds else []
         sampled = tuple(row for row in rows if row.sampled)
         return _Layout(source, runs, torch.tensor(ids, dtype=torch.int64), sampled)
 
@@ -580,7 +678,7 @@ class Stage:
         return typed(slab, torch_dtype(table.dtype), shape)
 
     def _logits_view(self, mb: int, rows: int) -> Tensor:
-        slab = self._logits[0 if len(self._logits) == 1 else mb]
+        slab = self._logits[0 if len(self._logits) == 1 else self.plan.ranks_in_block[mb]]
         return typed(slab, self._dtype, (rows, self.plan.config.vocab_size))
 
     def _take_compute_pools(self) -> None:
@@ -596,6 +694,7 @@ class Stage:
         self._head_inputs = slots("head input", device)
         self._embed_slots = slots("embedding slots", device)
         self._embed_stages = slots("embedding staging", Tier.CPU)
+        self._messages = slots("messages", device)
         none = torch.empty(0, dtype=torch.uint8)
         self._cpu_workspace = Workspace((slots("attention workspace", Tier.CPU) or [none])[0])
         pin = self._device.has_streams
@@ -611,6 +710,18 @@ class Stage:
         if pool.tier == self.plan.device_tier:
             return self.memory.take_on_device(pool.slot_bytes, pool.name)
         return self.memory.take_on_host(pool.slot_bytes, pool.name)
+
+
+def stage_name(pipeline: Pipeline, rank: int) -> str:
+    """A stage in words, with its decoder layers."""
+    chunks = (f"{chunk.start} to {chunk.stop - 1}" for chunk in pipeline.chunks(rank))
+    return f"stage {rank} (layers {', '.join(chunks)})"
+
+
+def _token_message(op: Op) -> Tensor:
+    """[2, R]: tokens of a step's R sampled rows, and 1 where the logits were finite."""
+    num_rows = sum(batch.num_sampled for batch in op.batches)
+    return torch.zeros((2, max(1, num_rows)), dtype=torch.int64)
 
 
 def _spans(runs: Sequence[RowRun]) -> list[list[RowSpan]]:

@@ -37,6 +37,7 @@ _FILLS = {
     Kind.LOAD_CACHE,
     Kind.READ_HIDDEN,
     Kind.LOAD_HIDDEN,
+    Kind.RECEIVE_HIDDEN,
 }
 
 

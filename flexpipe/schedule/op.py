@@ -34,6 +34,10 @@ class Kind(StrEnum):
     COMPUTE = "compute"
     SAMPLE = "sample"
     FETCH_TOKENS = "fetch_tokens"
+    RECEIVE_HIDDEN = "receive_hidden"  # from the stage before
+    SEND_HIDDEN = "send_hidden"
+    RECEIVE_TOKENS = "receive_tokens"  # of a whole step, from the last stage to the first
+    SEND_TOKENS = "send_tokens"
     COMMIT = "commit"
     BARRIER = "barrier"
 
@@ -57,8 +61,12 @@ class Lane(StrEnum):
     READ_WEIGHT = "read_weight"
     READ_CACHE = "read_cache"
     DISK_WRITE = "disk_write"
+    SEND = "send"
+    RECEIVE = "receive"
     HOST = "host"
 
+
+MESSAGE_LANES = (Lane.SEND, Lane.RECEIVE)  # of stages that have neighbours
 
 LANE_OF: dict[Kind, Lane] = {
     Kind.READ_WEIGHT: Lane.READ_WEIGHT,
@@ -79,6 +87,10 @@ LANE_OF: dict[Kind, Lane] = {
     Kind.COMPUTE: Lane.COMPUTE,
     Kind.SAMPLE: Lane.COMPUTE,
     Kind.FETCH_TOKENS: Lane.COMPUTE,
+    Kind.RECEIVE_HIDDEN: Lane.RECEIVE,
+    Kind.SEND_HIDDEN: Lane.SEND,
+    Kind.RECEIVE_TOKENS: Lane.RECEIVE,
+    Kind.SEND_TOKENS: Lane.SEND,
     Kind.COMMIT: Lane.HOST,
     Kind.BARRIER: Lane.HOST,
 }
@@ -106,13 +118,14 @@ class Pool(StrEnum):
     TOKENS = "tokens"
     HOST_TOKENS = "host_tokens"
     ROWS = "rows"
+    ORDER = "order"  # of messages on a lane: each one "writes" what the next one does
 
 
 Resource = tuple[Pool, int | str, int, int]
 
 
 class Wait(NamedTuple):
-    """One dependency: the op waited for, and why, like "produced:weight_slot"."""
+    """One dependency: the op waited for, and why, like "produced:weight_slot" or "order:send"."""
 
     op: int
     why: str
@@ -141,6 +154,7 @@ class Op:
     stage_slot: int | None = None
     attention_slot: int | None = None
     segment: Segment | None = None  # None: the whole layer
+    batches: tuple[MicroBatch, ...] = ()  # of a message that is about several
 
     @property
     def lane(self) -> Lane:

@@ -35,6 +35,10 @@ _COLOURS: Mapping[Kind, str] = {
     Kind.COMPUTE: "#2171b5",
     Kind.SAMPLE: "#6baed6",
     Kind.FETCH_TOKENS: "#9ecae1",
+    Kind.RECEIVE_HIDDEN: "#fed976",
+    Kind.SEND_HIDDEN: "#feb24c",
+    Kind.RECEIVE_TOKENS: "#e7cb94",
+    Kind.SEND_TOKENS: "#bd9e39",
     Kind.COMMIT: "#737373",
     Kind.BARRIER: "#252525",
 }

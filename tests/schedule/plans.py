@@ -19,6 +19,7 @@ from flexpipe.model.config import DTYPE_BYTES, ModelConfig
 from flexpipe.model.families import read_config
 from flexpipe.plan.block import Need
 from flexpipe.plan.codec import Codec
+from flexpipe.plan.pipeline import Pipeline
 from flexpipe.plan.placement import model_tensors
 from flexpipe.plan.plan import Budgets, Plan, Planner
 from flexpipe.plan.policy import COMPRESSIONS, STRATEGIES, Policy, Shares
@@ -145,6 +146,8 @@ def tiny_plan(
     needs: Sequence[Need] = NEEDS,
     budgets: Budgets = ROOMY,
     dtype: str | None = None,
+    pipeline: Pipeline | None = None,
+    rank: int = 0,
     **knobs: Any,
 ) -> Plan:
     """The plan for a policy, or for knobs of one, on a device beside `tier`."""
@@ -158,6 +161,8 @@ def tiny_plan(
         device_tier=tier,
         compute_dtype="float32",
         compress=partial(FakeForm.of, config),
+        pipeline=pipeline,
+        rank=rank,
     )
     return planner(given)
 
@@ -235,19 +240,20 @@ def plans(draw: st.DrawFn, *, strategy: str | None = None) -> Plan:
 def steps_for(draw: st.DrawFn, plan: Plan, *, most: int = 4) -> list[MicroBatches]:
     """A sequence of steps: empty micro-batches, chunks, mixed phases, nothing sampled."""
     contexts: dict[tuple[int, int], int] = {}
-    made = []
+    made: list[MicroBatches] = []
     for _ in range(draw(st.integers(1, most))):
-        batches = tuple(_batches(draw, plan, contexts))
-        if not batches:  # a job forms no step without rows
+        block = plan.blocks[len(made) % len(plan.blocks)]
+        batches = tuple(_batches(draw, plan, contexts, block))
+        if not batches and len(plan.blocks) == 1:  # a job forms no step without rows
             continue
         made.append(batches)
     return made
 
 
 def _batches(
-    draw: st.DrawFn, plan: Plan, contexts: dict[tuple[int, int], int]
+    draw: st.DrawFn, plan: Plan, contexts: dict[tuple[int, int], int], block: range
 ) -> Iterator[MicroBatch]:
-    for mb in plan.micro_batches:
+    for mb in (plan.micro_batches[index] for index in block):
         rows = []
         for place in range(mb.num_places):
             does = draw(st.sampled_from(["idle", "begin", "chunk", "go on", "decode", "decode"]))

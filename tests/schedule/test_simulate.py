@@ -26,8 +26,8 @@ _LINKS = {
 }
 LINK_OF = {kind: link for link, kinds in _LINKS.items() for kind in kinds}
 SECONDS = st.sampled_from([0.0, 0.25, 0.5, 1.0, 1.5, 3.0, 7.0])
-OWN_KINDS = [kind for kind in Kind if kind != Kind.BARRIER and LANE_OF[kind] not in MESSAGE_LANES]
-COSTS = st.fixed_dictionaries(dict.fromkeys(OWN_KINDS, SECONDS))
+OF_ONE_STAGE = [kind for kind in Kind if LANE_OF[kind] not in MESSAGE_LANES]
+COSTS = st.fixed_dictionaries({kind: SECONDS for kind in OF_ONE_STAGE if kind != Kind.BARRIER})
 OFF_DEVICE = {"weights": Shares(cpu=1.0), "kv_cache": Shares(cpu=1.0), "hidden": Shares(gpu=1.0)}
 
 
