@@ -45,15 +45,23 @@ class Deadline:
         return not self.left_s
 
 
-def serve_store(ranks: Ranks) -> Store:
-    """The store itself, alive as long as what is returned."""
+def serve(port: int, *, attempt: int = 0, listener: int | None = None) -> Store:
+    """The store itself, alive as long as what is returned; `listener` is a socket at that port."""
     try:
-        return TCPStore("0.0.0.0", ranks.port, is_master=True, wait_for_workers=False)
+        store = TCPStore(
+            "0.0.0.0",
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=_NEVER,
+            master_listen_fd=listener,
+        )
     except RuntimeError as error:
         raise RunError(
-            f"rank 0 cannot listen on port {ranks.port}: another program does. Name a free one in "
-            "the variable MASTER_PORT, for all ranks."
+            f"cannot listen on port {port}: another program does. Name a free one in the variable "
+            "MASTER_PORT, for all ranks."
         ) from error
+    return _of_attempt(store, attempt)
 
 
 def connect(ranks: Ranks, deadline: Deadline) -> Store:
@@ -65,7 +73,11 @@ def connect(ranks: Ranks, deadline: Deadline) -> Store:
         )
     except RuntimeError as error:
         raise StoreLost(_lost(ranks)) from error
-    return PrefixStore(f"flexpipe/{ranks.attempt}", store)
+    return _of_attempt(store, ranks.attempt)
+
+
+def _of_attempt(store: Store, attempt: int) -> Store:
+    return PrefixStore(f"flexpipe/{attempt}", store)
 
 
 def _wait_for_port(ranks: Ranks, deadline: Deadline) -> None:

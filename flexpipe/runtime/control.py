@@ -1,10 +1,10 @@
 """The control channel: rank 0 forms the steps, the others follow.
 
-A `Publisher` stands between the job's steps and rank 0's schedule and tells every other rank of each
-micro-batch as it passes, so always ahead of its data: which rows sit where, how many tokens are
-behind them and to compute, how the next one is drawn. From the steps alone a rank derives its ops
-and the sizes of its messages. Tokens' ids go only to ranks that embed. Each rank has a queue in the
-store; what was read is gone from there.
+A `Publisher` stands between the job's steps and rank 0's schedule and tells every other rank of
+each micro-batch as it passes, so always ahead of its data: which rows sit where, how many tokens
+are behind them and to compute, how the next one is drawn. From the steps alone a rank derives its
+ops and the sizes of its messages. Tokens' ids go only to ranks that embed. Each rank has a queue in
+the store; what was read is gone from there.
 """
 
 from __future__ import annotations

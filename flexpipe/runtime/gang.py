@@ -19,33 +19,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from flexpipe.errors import InputError, RunError
-from flexpipe.runtime.board import Board, Deadline, connect, serve_store
-from flexpipe.runtime.network import Interface, check_reachable, choose_interface
+from flexpipe.errors import RunError
+from flexpipe.runtime.board import Board, Deadline, connect, serve
+from flexpipe.runtime.network import Interface, Network, check_reachable, choose_interface
 from flexpipe.runtime.ranks import Ranks
-from flexpipe.runtime.supervise import HEARTBEAT_LIMIT_S, Watch, ending_on_sigterm
+from flexpipe.runtime.supervise import Watch, ending_on_sigterm
 
-JOIN_LIMIT_S = 300.0
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 log = logging.getLogger("flexpipe")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Network:
-    """How ranks find each other, and how long one may be silent."""
-
-    interface: str | None = None
-    join_limit_s: float = JOIN_LIMIT_S
-    heartbeat_limit_s: float = HEARTBEAT_LIMIT_S
-
-    def __post_init__(self) -> None:
-        for option, seconds in (
-            ("--join-timeout", self.join_limit_s),
-            ("--heartbeat-timeout", self.heartbeat_limit_s),
-        ):
-            if seconds <= 0:
-                raise InputError(f"{option} must be more than 0 seconds, got {seconds:g}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,13 +77,14 @@ def joined(ranks: Ranks, network: Network) -> Iterator[Gang]:
     with ending_on_sigterm():
         deadline = Deadline(network.join_limit_s)
         interface = choose_interface(network.interface, ranks.address, ranks.port)
-        server = serve_store(ranks) if ranks.serves_store else None
+        server = serve(ranks.port, attempt=ranks.attempt) if ranks.serves_store else None
         watch = Watch(ranks, lambda: connect(ranks, deadline), limit_s=network.heartbeat_limit_s)
+        watch.start()
         try:
             board = Board(ranks, connect(ranks, deadline), watch.stop)
             members = _meet(ranks, board, interface, deadline)
             interface.use(asked=network.interface is not None)
-            watch.start(_killer(ranks, members))
+            watch.watch_others(_killer(ranks, members))
             yield Gang(ranks, members, board, watch)
             board.meet("end")
             watch.finish()

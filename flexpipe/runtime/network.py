@@ -1,4 +1,4 @@
-"""Which interface of this host the ranks' messages take, and whether the others can reach it.
+"""How ranks reach each other: the limits of their patience, and the interface they listen at.
 
 Gloo and NCCL each look for an interface by themselves and are content with the loopback; between
 hosts that ends in a wait without end. So it is settled here, once, for both: the one asked for,
@@ -17,6 +17,23 @@ import psutil
 from flexpipe.errors import InputError
 
 VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Network:
+    """How ranks find each other, and how long one may be silent."""
+
+    interface: str | None = None
+    join_limit_s: float = 300.0
+    heartbeat_limit_s: float = 20.0
+
+    def __post_init__(self) -> None:
+        for option, seconds in (
+            ("--join-timeout", self.join_limit_s),
+            ("--heartbeat-timeout", self.heartbeat_limit_s),
+        ):
+            if seconds <= 0:
+                raise InputError(f"{option} must be more than 0 seconds, got {seconds:g}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ _LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ranks:
-    """This process, `rank` of num_stages x tensor_size, and the store at which all meet.
+    """This process, `rank` of num_stages x num_shards, and the store at which all meet.
 
     `local_rank` counts the ranks of one host. Rank 0 serves the store unless whoever started the
     ranks does. `attempt` tells the starts of one gang apart.
@@ -29,7 +29,7 @@ class Ranks:
 
     rank: int
     num_stages: int
-    tensor_size: int = 1
+    num_shards: int = 1
     local_rank: int = 0
     address: str = _LOOPBACK
     port: int
@@ -43,15 +43,15 @@ class Ranks:
 
     @property
     def size(self) -> int:
-        return self.num_stages * self.tensor_size
+        return self.num_stages * self.num_shards
 
     @property
     def stage(self) -> int:
-        return self.rank // self.tensor_size
+        return self.rank // self.num_shards
 
     @property
     def shard(self) -> int:
-        return self.rank % self.tensor_size
+        return self.rank % self.num_shards
 
     @property
     def serves_store(self) -> bool:
@@ -60,17 +60,17 @@ class Ranks:
     @property
     def next(self) -> int:
         """The rank of the following stage that holds the same shard."""
-        return (self.rank + self.tensor_size) % self.size
+        return (self.rank + self.num_shards) % self.size
 
     @property
     def previous(self) -> int:
-        return (self.rank - self.tensor_size) % self.size
+        return (self.rank - self.num_shards) % self.size
 
     @classmethod
     def from_environment(
         cls,
         num_stages: int,
-        tensor_size: int = 1,
+        num_shards: int = 1,
         environment: Mapping[str, str] | None = None,
     ) -> Ranks | None:
         """What the variables say; None where nobody started more than one process.
@@ -84,17 +84,17 @@ class Ranks:
         size = starter.number(variables, *starter.size)
         if size == 1:
             return None
-        if size != num_stages * tensor_size:
+        if size != num_stages * num_shards:
             raise InputError(
                 f"{starter.name} started {size} ranks, but --pipeline-parallel-size {num_stages} "
-                f"x --tensor-parallel-size {tensor_size} asks for {num_stages * tensor_size}; "
+                f"x --tensor-parallel-size {num_shards} asks for {num_stages * num_shards}; "
                 "change one of the two"
             )
         address, port = starter.meeting_place(variables, size)
         return cls(
             rank=starter.number(variables, starter.rank),
             num_stages=num_stages,
-            tensor_size=tensor_size,
+            num_shards=num_shards,
             local_rank=starter.number(variables, *starter.local_rank),
             address=address,
             port=port,
@@ -105,13 +105,13 @@ class Ranks:
 
     def name(self, rank: int | None = None) -> str:
         """What messages call a rank: by its stage, and its shard where there are several."""
-        return rank_name(self.rank if rank is None else rank, self.tensor_size)
+        return rank_name(self.rank if rank is None else rank, self.num_shards)
 
 
-def rank_name(rank: int, tensor_size: int) -> str:
+def rank_name(rank: int, num_shards: int) -> str:
     """`stage 2`, or `stage 2 shard 1` where several ranks serve a stage."""
-    stage, shard = divmod(rank, tensor_size)
-    return f"stage {stage}" if tensor_size == 1 else f"stage {stage} shard {shard}"
+    stage, shard = divmod(rank, num_shards)
+    return f"stage {stage}" if num_shards == 1 else f"stage {stage} shard {shard}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -28,7 +28,6 @@ from flexpipe.memory.disk import Stopped
 from flexpipe.runtime.board import StoreLost, wait_for
 from flexpipe.runtime.ranks import Ranks
 
-HEARTBEAT_LIMIT_S = 20.0
 GRACE_S = 2.5  # what a rank may take to end by itself once one has failed
 INTERRUPTED = "interrupted"
 _INTERRUPTED_CODE = 130
@@ -102,9 +101,7 @@ class Watch:
     failed. `first` is that failure.
     """
 
-    def __init__(
-        self, ranks: Ranks, connect: Callable[[], Store], *, limit_s: float = HEARTBEAT_LIMIT_S
-    ) -> None:
+    def __init__(self, ranks: Ranks, connect: Callable[[], Store], *, limit_s: float) -> None:
         """Put up the first sign of life; `connect` opens a client of the store."""
         self.ranks = ranks
         self.stop = threading.Event()
@@ -115,6 +112,7 @@ class Watch:
         self._connect = connect
         self._store = connect()  # of the main thread
         self._on_failure: list[Callable[[], None]] = []
+        self._kill: Callable[[int], None] | None = None
         self._clean_ups: list[Callable[[], None]] = []
         self._lock = threading.Lock()
         self._is_ending = False
@@ -142,12 +140,15 @@ class Watch:
         """Call this before the process is ended the hard way."""
         self._clean_ups.append(callback)
 
-    def start(self, kill: Callable[[int], None]) -> None:
-        """Watch from now on; `kill` ends a frozen rank if it is within reach."""
-        self._kill = kill
+    def start(self) -> None:
+        """Live from now on, and end when another rank fails."""
         for target in (self._beat, self._guard):
             name = f"flexpipe-{target.__name__.strip('_')}"
             threading.Thread(target=target, name=name, daemon=True).start()
+
+    def watch_others(self, kill: Callable[[int], None]) -> None:
+        """All ranks are there: notice who falls silent. `kill` ends one that is within reach."""
+        self._kill = kill
 
     def finish(self) -> None:
         """All went well on every rank."""
@@ -229,15 +230,19 @@ class Watch:
             while not self._over.is_set():
                 count += 1
                 store.set(f"beat/{self.ranks.rank}", str(count))
-                for rank in pulse.late(self._beats(store)):
-                    self._frozen(store, rank).record(store)
-                    self._kill(rank)
+                if self._kill is not None:
+                    self._look(store, pulse, self._kill)
                 self._unanswered = 0
                 if wait_for(store, _FAILURE, timedelta(seconds=self._interval_s)):
                     self._learn(Failure.read(store))
         except (RuntimeError, RunError):
             if not self._over.is_set():
                 self._learn(self._no_store("ended"))
+
+    def _look(self, store: Store, pulse: Pulse, kill: Callable[[int], None]) -> None:
+        for rank in pulse.late(self._beats(store)):
+            self._frozen(store, rank).record(store)
+            kill(rank)
 
     def _frozen(self, store: Store, rank: int) -> Failure:
         stage = store.get(f"stage/{rank}").decode()

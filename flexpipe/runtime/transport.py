@@ -156,9 +156,9 @@ class GroupTransport(Closing):
                 self._next = _Group(group, backend, target)
             if ranks.rank == target:
                 self._previous = _Group(group, backend, source)
-        for stage in range(ranks.num_stages if ranks.tensor_size > 1 else 0):
-            first = stage * ranks.tensor_size
-            shards = tuple(range(first, first + ranks.tensor_size))
+        for stage in range(ranks.num_stages if ranks.num_shards > 1 else 0):
+            first = stage * ranks.num_shards
+            shards = tuple(range(first, first + ranks.num_shards))
             group, backend = _new_group(seats, shards)
             if ranks.rank in shards:
                 other = next(rank for rank in shards if rank != ranks.rank)
@@ -207,7 +207,7 @@ def ring(ranks: Ranks) -> Sequence[tuple[int, int]]:
     """The directed edges: from each rank to the one that holds its shard of the next stage."""
     if ranks.num_stages == 1:
         return ()
-    return [(rank, (rank + ranks.tensor_size) % ranks.size) for rank in range(ranks.size)]
+    return [(rank, (rank + ranks.num_shards) % ranks.size) for rank in range(ranks.size)]
 
 
 def _new_group(seats: Sequence[Seat], members: Sequence[int]) -> tuple[dist.ProcessGroup, str]:
