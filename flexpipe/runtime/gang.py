@@ -19,11 +19,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from torch.distributed import Store
+
 from flexpipe.errors import RunError
 from flexpipe.runtime.board import Board, Deadline, connect, serve
 from flexpipe.runtime.network import Interface, Network, check_reachable, choose_interface
 from flexpipe.runtime.ranks import Ranks
-from flexpipe.runtime.supervise import Watch, ending_on_sigterm
+from flexpipe.runtime.supervise import Watch, heeding_signals
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -54,6 +56,10 @@ class Gang:
     def here(self) -> Member:
         return self.members[self.ranks.rank]
 
+    def connect(self) -> Store:
+        """A client of the store for a thread of its own."""
+        return connect(self.ranks, Deadline(0.0))
+
     def introduce(self, device: str, layers: str) -> None:
         """Tell on stderr who this is, and in messages from now on: `layers` is "layers 8-15"."""
         name, here = self.ranks.name(), self.here
@@ -74,7 +80,7 @@ class Gang:
 @contextlib.contextmanager
 def joined(ranks: Ranks, network: Network) -> Iterator[Gang]:
     """Meet the other ranks, watch over them and be watched until the block ends."""
-    with ending_on_sigterm():
+    with heeding_signals():
         deadline = Deadline(network.join_limit_s)
         interface = choose_interface(network.interface, ranks.address, ranks.port)
         server = serve(ranks.port, attempt=ranks.attempt) if ranks.serves_store else None

@@ -77,6 +77,7 @@ def heed_launcher() -> None:
     fd = os.environ.pop(DEATH_PIPE, None)
     if fd is None:
         return
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & has it ignored
     # a rank that was stopped could not see the pipe's end
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGCONT)
     threading.Thread(

@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -33,6 +34,7 @@ INTERRUPTED = "interrupted"
 _INTERRUPTED_CODE = 130
 _BEATS_PER_LIMIT = 5
 _SLOWEST_BEAT_S = 1.0
+_LOOK_S = 0.02
 _FAILURE = "failure"
 _LEFT = b"left"
 
@@ -205,10 +207,13 @@ class Watch:
         self._put("beat", _LEFT)
         if not self.ranks.serves_store:
             return
-        for _ in range(int(GRACE_S / 2 / 0.05)):
-            if all(beat == _LEFT for beat in self._beats(self._store)):
-                return
-            self._closed.wait(0.05)
+        end_s = time.monotonic() + GRACE_S / 2
+        while time.monotonic() < end_s and not all(map(self._is_gone, range(self.ranks.size))):
+            time.sleep(_LOOK_S)
+
+    def _is_gone(self, rank: int) -> bool:
+        beat = f"beat/{rank}"
+        return not self._store.check([beat]) or self._store.get(beat) == _LEFT
 
     def _put(self, what: str, value: bytes) -> None:
         try:
@@ -299,17 +304,20 @@ class Watch:
 
 
 @contextlib.contextmanager
-def ending_on_sigterm() -> Iterator[None]:
-    """SIGTERM, by which torchrun, mpirun and srun end ranks, unwinds as Ctrl-C does."""
+def heeding_signals() -> Iterator[None]:
+    """SIGTERM, by which torchrun, mpirun and srun end ranks, unwinds as Ctrl-C does; that in turn
+    is heeded even if whoever started the process ignored it, since a failure elsewhere uses it."""
 
     def terminate(number: int, frame: FrameType | None) -> None:
         raise Terminated("it was told to end (SIGTERM)")
 
-    before = signal.signal(signal.SIGTERM, terminate)
+    handlers = {signal.SIGTERM: terminate, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _main_thread() -> int:

@@ -12,9 +12,10 @@ death by timeout, which ends every wait of a communicator at once: `abort` lets 
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Protocol
 
@@ -24,8 +25,11 @@ from torch import Tensor
 
 from flexpipe.closing import Closing
 from flexpipe.memory.disk import Stopped
+from flexpipe.runtime.gang import Gang
 from flexpipe.runtime.ranks import Ranks
 from flexpipe.runtime.supervise import PeerLost
+
+log = logging.getLogger("flexpipe")
 
 _NEVER = timedelta(days=365)  # failures are noticed by the watch; an offloading stage may be slow
 _AT_ONCE = timedelta(milliseconds=1)
@@ -69,6 +73,15 @@ def backend_for(seats: Sequence[Seat]) -> str:
     """`nccl` for ranks that each have a GPU to themselves, else `gloo`."""
     apart = len({seat.identity for seat in seats}) == len(seats)
     return "nccl" if apart and all(seat.device_type == "cuda" for seat in seats) else "gloo"
+
+
+def sharing(seats: Sequence[Seat]) -> Sequence[str]:
+    """Ranks that have to share an accelerator, one text for each that is shared."""
+    users: dict[Seat, list[int]] = {}
+    for rank, seat in enumerate(seats):
+        if seat.device_type != "cpu":
+            users.setdefault(seat, []).append(rank)
+    return [" and ".join(map(str, ranks)) for ranks in users.values() if len(ranks) > 1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +129,17 @@ class GroupTransport(Closing):
                 "gloo", store=store, rank=ranks.rank, world_size=ranks.size, timeout=_NEVER
             )
             self._connect(ranks, seats)
+
+    @classmethod
+    def open(cls, gang: Gang, device: torch.device) -> GroupTransport:
+        """Connect the ranks of `gang`, this one computing on `device`; a failure aborts it."""
+        mine = Seat.of(device, gang.here.machine)
+        seats = [Seat(**seat) for seat in gang.board.exchange("seat", asdict(mine))]
+        for ranks in sharing(seats):
+            log.info("ranks %s share a GPU; their messages go through the host", ranks)
+        transport = cls(gang.ranks, seats, gang.connect(), device)
+        gang.watch.on_failure(transport.abort)
+        return transport
 
     def send(self, tensor: Tensor) -> None:
         edge = self._next
