@@ -35,7 +35,7 @@ _INTERRUPTED_CODE = 130
 _BEATS_PER_LIMIT = 5
 _SLOWEST_BEAT_S = 1.0
 _LOOK_S = 0.02
-_FAILURE = "failure"
+_OVER = "over"  # holds the first failure, or nothing if all went well
 _LEFT = b"left"
 
 log = logging.getLogger("flexpipe")
@@ -63,12 +63,13 @@ class Failure:
 
     @classmethod
     def read(cls, store: Store) -> Failure | None:
-        """The one that was recorded, if any."""
-        return cls(**json.loads(store.get(_FAILURE))) if store.check([_FAILURE]) else None
+        """The one that was recorded; None where all went well."""
+        text = store.get(_OVER)
+        return cls(**json.loads(text)) if text else None
 
     def record(self, store: Store) -> Failure:
         """Write it where all look, unless there is one; the first one is returned."""
-        return Failure(**json.loads(store.compare_set(_FAILURE, "", json.dumps(asdict(self)))))
+        return Failure(**json.loads(store.compare_set(_OVER, "", json.dumps(asdict(self)))))
 
     def error(self) -> BaseException:
         """What a rank raises for it."""
@@ -115,6 +116,10 @@ class Watch:
         self._store = connect()  # of the main thread
         self._on_failure: list[Callable[[], None]] = []
         self._kill: Callable[[int], None] | None = None
+        self._threads = [
+            threading.Thread(target=self._beat, name="flexpipe-beat", daemon=True),
+            threading.Thread(target=self._guard, name="flexpipe-guard", daemon=True),
+        ]
         self._clean_ups: list[Callable[[], None]] = []
         self._lock = threading.Lock()
         self._is_ending = False
@@ -144,9 +149,8 @@ class Watch:
 
     def start(self) -> None:
         """Live from now on, and end when another rank fails."""
-        for target in (self._beat, self._guard):
-            name = f"flexpipe-{target.__name__.strip('_')}"
-            threading.Thread(target=target, name=name, daemon=True).start()
+        for thread in self._threads:
+            thread.start()
 
     def watch_others(self, kill: Callable[[int], None]) -> None:
         """All ranks are there: notice who falls silent. `kill` ends one that is within reach."""
@@ -154,9 +158,12 @@ class Watch:
 
     def finish(self) -> None:
         """All went well on every rank."""
-        self._leave()
-        self._closed.set()
         self._over.set()
+        self._closed.set()
+        self._store.set(_OVER, "")
+        for thread in self._threads:
+            thread.join()
+        self._leave()
 
     def ended_by(self, error: BaseException) -> BaseException:
         """What to raise when this rank ends with `error`: the first failure of all ranks."""
@@ -166,7 +173,7 @@ class Watch:
         except RuntimeError:  # the store is gone, so nobody else can tell
             first = self._own(error)
         self._settle(first)
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError, StoreLost):
             self._leave()
         is_bug = not isinstance(error, FlexpipeError | KeyboardInterrupt)
         return error if is_bug and first == self._own(error) else first.error()
@@ -185,12 +192,9 @@ class Watch:
 
     def _first_failure(self, error: BaseException) -> Failure:
         """The first failure of all; what only shows elsewhere leaves others time to tell theirs."""
-        if self.first is not None:
-            return self.first
         patience = (seconds for kind, seconds in _PATIENCE_S.items() if isinstance(error, kind))
-        if self.stop.wait(next(patience, 0.0)) and self.first is not None:
-            return self.first
-        return self._own(error).record(self._store)
+        self.stop.wait(next(patience, 0.0))
+        return self.first or self._own(error).record(self._store)
 
     def _own(self, error: BaseException) -> Failure:
         text = str(error) or type(error).__name__
@@ -238,8 +242,9 @@ class Watch:
                 if self._kill is not None:
                     self._look(store, pulse, self._kill)
                 self._unanswered = 0
-                if wait_for(store, _FAILURE, timedelta(seconds=self._interval_s)):
+                if wait_for(store, _OVER, timedelta(seconds=self._interval_s)):
                     self._learn(Failure.read(store))
+                    return
         except (RuntimeError, RunError):
             if not self._over.is_set():
                 self._learn(self._no_store("ended"))
