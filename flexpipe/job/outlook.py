@@ -147,7 +147,7 @@ class Outlook:
             self.budgets,
             device_tier=self.device_tier,
             compute_dtype=compute_dtype or self.compute_dtype,
-            compress=paper_forms(self.shape.config),
+            form_of=paper_forms(self.shape.config),
         )
 
     @property

@@ -19,7 +19,7 @@ from flexpipe.job.request import BadLine
 from flexpipe.job.spec import JobSpec
 from flexpipe.job.tokenizer import Tokenizer
 from flexpipe.memory.checkpoint import Checkpoint, StoredTensor
-from flexpipe.memory.compressed import FOLDER, CompressedCache
+from flexpipe.memory.form import FOLDER, FormCache
 from flexpipe.memory.offload import OffloadDirectory
 from flexpipe.memory.source import open_checkpoint
 from flexpipe.model.config import ModelConfig
@@ -117,7 +117,7 @@ def plan_job(
     """A plan that fits, the best one that a search finds; the requests it serves,
     and those that do not fit even alone."""
     limits = budgets(spec.given, model.device, spec.emulation, offload.path)
-    compressed = CompressedCache(offload.cache / FOLDER, model.stored, lambda: model.identity)
+    forms = FormCache(offload.cache / FOLDER, model.stored, lambda: model.identity)
 
     def planner_for(served: Sequence[Entry]) -> Planner:
         return Planner(
@@ -127,7 +127,7 @@ def plan_job(
             limits,
             device_tier=model.device.tier,
             compute_dtype=model.compute_dtype,
-            compress=compressed.locate,
+            form_of=forms.locate,
         )
 
     def fits_without_rates(served: Sequence[Entry]) -> bool:

@@ -271,7 +271,7 @@ def _compute(
         run_s = time.perf_counter() - began
         read_after = physical_bytes_read()
         disk_bytes = sum(file.allocated_bytes for file in files.values())
-        disk_bytes += stage.weights.compressed_bytes
+        disk_bytes += stage.weights.form_bytes
     if spec.trace_path is not None:
         write_trace(spec.trace_path, recorder.spans, plan)
     known = read_before is not None and read_after is not None

@@ -110,6 +110,7 @@ class FakeTensor:
     offset: int
     num_bytes: int
     path: object = "model.safetensors"
+    stride: int | None = None
 
 
 def stored_tensors(config: ModelConfig, dtype: str | None = None) -> dict[str, FakeTensor]:
@@ -124,15 +125,18 @@ def stored_tensors(config: ModelConfig, dtype: str | None = None) -> dict[str, F
 
 @dataclass(frozen=True)
 class FakeForm(FakeTensor):
-    """The compressed form of a tensor that is not there either."""
+    """Another form of a tensor that is not there either."""
 
     new_bytes: int = 0
 
     @classmethod
-    def of(cls, config: ModelConfig, name: str, codec: Codec) -> FakeForm:
-        shapes = {spec.name: spec.shape for spec in model_tensors(config)}
-        num_bytes = shapes[name][0] * codec.row_bytes(shapes[name][1])
-        return cls("uint8", 4096, num_bytes, f"{name}.{codec.bits}", num_bytes)
+    def of(cls, config: ModelConfig, name: str, codec: Codec | None) -> FakeForm:
+        num_rows, size = {spec.name: spec.shape for spec in model_tensors(config)}[name]
+        if codec is None:
+            num_bytes = num_rows * size * DTYPE_BYTES[config.dtype]
+            return cls(config.dtype, 4096, num_bytes, f"{name}.whole", new_bytes=num_bytes)
+        num_bytes = num_rows * codec.row_bytes(size)
+        return cls("uint8", 4096, num_bytes, f"{name}.{codec.bits}", new_bytes=num_bytes)
 
 
 NEEDS = (Need(70, 6), Need(30, 6), Need(12, 6), Need(9, 6), Need(5, 6), Need(3, 6), Need(1, 6))
@@ -160,7 +164,7 @@ def tiny_plan(
         budgets,
         device_tier=tier,
         compute_dtype="float32",
-        compress=partial(FakeForm.of, config),
+        form_of=partial(FakeForm.of, config),
         pipeline=pipeline,
         rank=rank,
     )
