@@ -29,11 +29,13 @@ _LINK_KINDS: Mapping[str, tuple[Kind, ...]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """Seconds and bytes of the run; `physical_read_bytes` came from the device itself."""
+    """Seconds and bytes of the run; `physical_read_bytes` came from the device itself, `cpu_s` is
+    what all threads computed while it ran."""
 
     load_s: float
     began: float
     run_s: float
+    cpu_s: float
     physical_read_bytes: int | None
     disk_bytes: int
 

@@ -52,20 +52,6 @@ from flexpipe.units import format_seconds
 log = logging.getLogger("flexpipe")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Probes:
-    """What tests and benchmarks put into a run: hooks that observe, delay, fail or spoil it."""
-
-    before_op: OpHook | None = None
-    change_ops: ChangeOps | None = None
-    poison: bool = False
-    keep_spans: bool = False
-    on_stage: Callable[[Stage], None] | None = None
-    on_recorder: Callable[[Recorder], None] | None = None
-    journal_calls: SystemCalls | None = None
-    on_admit: Callable[[Admitted], Admitted] = lambda request: request
-
-
 def run_job(spec: JobSpec, probes: Probes | None = None) -> Report:
     """Run the job `spec`, or what an earlier run of it left; results are on disk at return.
 
