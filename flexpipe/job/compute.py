@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from flexpipe.job.measure import Measured
+from flexpipe.job.measure import Measured, Ran
 from flexpipe.job.probes import Probes
 from flexpipe.memory.disk import DiskFile, physical_bytes_read
 from flexpipe.memory.offload import OffloadDirectory
@@ -23,10 +23,11 @@ from flexpipe.plan.plan import Plan
 from flexpipe.plan.tier import Tier
 from flexpipe.runtime.device import Device
 from flexpipe.runtime.dispatcher import Dispatcher
-from flexpipe.runtime.executor import Steps, execute
+from flexpipe.runtime.executor import execute
 from flexpipe.runtime.record import Recorder
 from flexpipe.runtime.stage import Commit, Stage
 from flexpipe.runtime.transport import Transport
+from flexpipe.schedule.build import Steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,20 +53,6 @@ class Events:
     phase: Callable[[str], None] = lambda name: None
     loaded: Callable[[], None] = lambda: None
     started: Callable[[Dispatcher], None] = lambda dispatcher: None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ran:
-    """A stage that has run; it is closed, but its figures can be read."""
-
-    stage: Stage
-    device: Device
-    recorder: Recorder
-    measured: Measured
-
-    @property
-    def plan(self) -> Plan:
-        return self.stage.plan
 
 
 def compute(
@@ -115,7 +102,7 @@ def compute(
         run_s = time.perf_counter() - began
         read_after = physical_bytes_read()
         disk_bytes = sum(file.allocated_bytes for file in files.values())
-        disk_bytes += stage.weights.compressed_bytes
+        disk_bytes += stage.weights.form_bytes
     known = read_before is not None and read_after is not None
     measured = Measured(
         load_s=load_s,

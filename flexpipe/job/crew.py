@@ -7,27 +7,35 @@ At the end rank 0 is told what each was like.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from flexpipe.job.batcher import Entry
-from flexpipe.job.prepare import Model, budgets
+from flexpipe.job.compute import Events, Work
+from flexpipe.job.measure import Ran, layers_of, stage_use
+from flexpipe.job.prepare import Model, site_here
 from flexpipe.job.report import StageUse
 from flexpipe.job.spec import JobSpec
+from flexpipe.memory.disk import Stopped
 from flexpipe.memory.offload import OffloadDirectory
 from flexpipe.plan.block import Need
 from flexpipe.plan.pipeline import Pipeline
-from flexpipe.plan.plan import Budgets, Plan, check_fits
+from flexpipe.plan.plan import Budgets, Plan
 from flexpipe.plan.policy import Policy, knob
 from flexpipe.plan.tier import Tier
-from flexpipe.policy.pipeline import Site, best_pipeline
-from flexpipe.policy.pipeline import Model as Shared
-from flexpipe.policy.profile import Profile, parse_profile, render_profile
+from flexpipe.policy.pipeline import Site
+from flexpipe.policy.profile import parse_profile, render_profile
 from flexpipe.policy.shares import Machine
+from flexpipe.runtime.control import Follower, Publisher
+from flexpipe.runtime.device import Device
+from flexpipe.runtime.dispatcher import Dispatcher
 from flexpipe.runtime.gang import Gang
+from flexpipe.runtime.transport import GroupTransport, Seat
+from flexpipe.schedule.trace import stage_events, write_events
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +46,15 @@ class Orders:
     policies: Sequence[Policy]
     needs: Sequence[Need]
     compute_dtype: str
+
+    @classmethod
+    def of_plans(cls, plans: Sequence[Plan], needs: Sequence[Need]) -> Orders:
+        return cls(
+            pipeline=plans[0].pipeline,
+            policies=[plan.policy for plan in plans],
+            needs=needs,
+            compute_dtype=plans[0].compute_dtype,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON takes it."""
@@ -53,35 +70,29 @@ class Orders:
         pipeline = values["pipeline"]
         return cls(
             pipeline=Pipeline(**{**pipeline, "layers": tuple(pipeline["layers"])}),
-            policies=[_policy(policy) for policy in values["policies"]],
+            policies=[
+                Policy(**{name: knob(name, value) for name, value in policy.items()})
+                for policy in values["policies"]
+            ],
             needs=[Need(*need) for need in values["needs"]],
             compute_dtype=values["compute_dtype"],
         )
 
 
-def _policy(values: Mapping[str, Any]) -> Policy:
-    return Policy(**{name: knob(name, value) for name, value in values.items()})
-
-
 class Crew:
     """The ranks of a job, seen from one of them."""
 
-    def __init__(
-        self, gang: Gang, model: Model, budgets: Budgets, given: Sequence[Mapping[str, Any]]
-    ) -> None:
-        """Say what this rank brings, and hear what the others do; `given` are each stage's knobs."""
+    def __init__(self, gang: Gang, spec: JobSpec, model: Model, offload: OffloadDirectory) -> None:
+        """Say what this rank brings, and hear what the others do."""
         self.gang = gang
-        brought = gang.board.exchange("site", _brought(model, budgets))
-        first = range(0, gang.ranks.size, gang.ranks.num_shards)
+        here, ranks = gang.here.machine, gang.ranks
+        sharers = sum(member.machine == here for member in gang.members)
+        self.here = site_here(spec, model, offload, stage=ranks.stage, num_sharers=sharers)
+        brought = gang.board.exchange("site", _brought(self.here))
         self.sites = [
-            _site(brought[rank : rank + gang.ranks.num_shards], given[stage])
-            for stage, rank in enumerate(first)
+            _site(brought[first : first + ranks.num_shards], spec, stage)
+            for stage, first in enumerate(range(0, ranks.size, ranks.num_shards))
         ]
-
-    @property
-    def leads(self) -> bool:
-        """Whether this is rank 0, which reads, plans and writes."""
-        return self.gang.ranks.rank == 0
 
     def give(self, orders: Orders | None) -> None:
         """Rank 0's decision; None where there is nothing to do."""
@@ -92,37 +103,94 @@ class Crew:
         values = self.gang.board.share("orders")
         return None if values is None else Orders.of(values)
 
-    def gather(self, figures: StageUse) -> list[StageUse]:
-        """Every rank's figures, once all are done; bubbles are those of the job's window."""
-        told = [StageUse.of(one) for one in self.gang.board.exchange("figures", asdict(figures))]
+    @contextmanager
+    def leading(self, work: Work, events: Events) -> Iterator[tuple[Work, Events]]:
+        """Rank 0's work, whose steps the others are told of."""
+        ranks = self.gang.ranks
+        embedding = range(1, ranks.num_shards)
+        publisher = Publisher(self.gang.connect(), range(1, ranks.size), embedding)
+        with self._reaching(work.plan, work.device) as transport:
+            steps = publisher.wrap(work.steps)
+            yield replace(work, steps=steps, transport=transport), self._events(events)
+
+    @contextmanager
+    def following(self, plan: Plan, device: Device) -> Iterator[tuple[Work, Events]]:
+        """Another rank's work, whose steps are told by rank 0."""
+        with (
+            self._reaching(plan, device) as transport,
+            Follower(self.gang.connect(), self.gang.ranks.rank) as follower,
+        ):
+            work = Work(plan=plan, device=device, steps=follower.steps, transport=transport)
+
+            def started(dispatcher: Dispatcher) -> None:
+                follower.wake = dispatcher.wake
+
+            yield work, self._events(Events(started=started))
+
+    def stages(self, ran: Ran) -> list[StageUse]:
+        """Every rank's figures, by rank; bubbles are those of the job's window."""
+        ranks = self.gang.ranks
+        mine = stage_use(ran, ranks.rank, ranks.name(), self.gang.here.host)
+        told = [StageUse.of(one) for one in self.gang.board.exchange("figures", asdict(mine))]
         first_s = min(use.window_s[0] for use in told)
         last_s = max(use.window_s[1] for use in told)
         return [use.within(last_s - first_s) for use in told]
 
+    def trace(self, ran: Ran, path: Path | None) -> None:
+        """Draw all ranks into one file, where one is asked for."""
+        if path is None:
+            return
+        ranks = self.gang.ranks
+        mine = stage_events(ran.recorder.spans, ran.plan, ranks.rank, ranks.name())
+        told = self.gang.board.exchange("trace", mine)
+        if ranks.rank == 0:
+            write_events(path, [event for events in told for event in events])
 
-def _brought(model: Model, budgets: Budgets) -> dict[str, Any]:
-    profile = model.profile
+    @contextmanager
+    def _reaching(self, plan: Plan, device: Device) -> Iterator[GroupTransport]:
+        """Introduce this rank, and reach its neighbours until the block ends."""
+        gang = self.gang
+        gang.introduce(device.name, layers_of(plan))
+        seat = Seat.of(device.torch_device, gang.here.machine)
+        seats = [Seat(**one) for one in gang.board.exchange("seat", asdict(seat))]
+        gang.watch.on_failure(device.stop.set)
+        with GroupTransport(gang.ranks, seats, gang.connect(), device.torch_device) as transport:
+            gang.watch.on_failure(transport.abort)
+            yield transport
+            gang.board.meet("last message")
+
+    def _events(self, events: Events) -> Events:
+        """The same, for a stage that waits for the others and ends when one of them fails."""
+
+        def started(dispatcher: Dispatcher) -> None:
+            events.started(dispatcher)
+            stopped = Stopped("another rank failed")
+            self.gang.watch.on_failure(lambda: dispatcher.abort(stopped))
+
+        return replace(events, loaded=lambda: self.gang.board.meet("loaded"), started=started)
+
+
+def _brought(site: Site) -> dict[str, Any]:
+    """What the others are told of a rank's site."""
+    profile = None if site.machine is None else render_profile(site.machine.profile)
     return {
-        "budgets": asdict(budgets),
-        "device_tier": model.device.tier.value,
-        "profile": None if profile is None else render_profile(profile),
+        "budgets": asdict(site.budgets),
+        "device_tier": site.device_tier.value,
+        "profile": profile,
     }
 
 
-def _site(brought: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> Site:
-    """A stage's: of its shards, the least any of them may spend; they compute alike."""
-    spent = [one["budgets"] for one in brought]
-    least = {name: min(one[name] for one in spent) for name in ("gpu", "cpu", "disk")}
-    first = brought[0]
-    tier, profile = Tier(first["device_tier"]), first["profile"]
-    machine = None
-    if profile is not None:
-        read = parse_profile(yaml.safe_load(profile))
-        machine = Machine(profile=read, device_tier=tier, emulation=None)
-    overhead = max(one["overhead"] for one in spent)
+def _site(brought: Sequence[Mapping[str, Any]], spec: JobSpec, stage: int) -> Site:
+    """A stage's: its ranks compute alike, and each may spend what the poorest of them may."""
+    first, budgets = brought[0], [one["budgets"] for one in brought]
+    least = {name: min(one[name] for one in budgets) for name in ("gpu", "cpu", "disk")}
+    tier, machine = Tier(first["device_tier"]), None
+    if first["profile"] is not None:
+        profile = parse_profile(yaml.safe_load(first["profile"]))
+        machine = Machine(profile=profile, device_tier=tier, emulation=spec.emulation)
     return Site(
-        budgets=Budgets(**least, overhead=overhead),
+        budgets=Budgets(**least, overhead=max(one["overhead"] for one in budgets)),
         device_tier=tier,
         machine=machine,
-        given=given,
+        given=spec.given_at(stage),
     )

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from flexpipe.job.predicted import Predicted
+from flexpipe.job.predicted import Predicted, stage_bubbles
 from flexpipe.job.table import plain_table
 from flexpipe.units import format_bytes, format_rate
 
@@ -147,6 +147,7 @@ class Report:
             "latency_s": self.latency_s,
             **{f"{use.name}_bytes": use.bytes for use in self.links},
             **{f"peak_{use.tier}_bytes": use.measured_bytes for use in self.tiers},
+            **stage_bubbles([stage.bubble for stage in self.stages]),
         }
 
     @property

@@ -37,7 +37,8 @@ from flexpipe.policy.profile import LINKS, Profile
 from flexpipe.schedule.build import schedule
 from flexpipe.schedule.op import Lane, Op
 from flexpipe.schedule.places import Counts, IntArray, Part, Places, phases
-from flexpipe.schedule.relay import Relay, Steps
+from flexpipe.schedule.build import Steps
+from flexpipe.schedule.relay import Relay
 from flexpipe.schedule.simulate import (
     OnCommit,
     RankOps,
