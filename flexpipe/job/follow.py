@@ -24,7 +24,7 @@ def follow_job(spec: JobSpec, gang: Gang, probes: Probes | None = None) -> None:
         offload_dir = (spec.offload_dir or DEFAULT_OFFLOAD_DIR).expanduser()
         offload = stack.enter_context(OffloadDirectory(offload_dir))
         gang.watch.clean_up(offload.close)
-        model = Model.open(spec, offload, needs_text=False)
+        model = Model.open(spec, offload, needs_text=False).of_shard(gang.shard)
         crew = Crew(gang, spec, model, offload)
         orders = crew.take()
         if orders is None:

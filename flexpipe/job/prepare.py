@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from flexpipe.job.tokenizer import Tokenizer
 from flexpipe.memory.checkpoint import Checkpoint, StoredTensor
 from flexpipe.memory.form import FOLDER, FormCache
 from flexpipe.memory.offload import OffloadDirectory
+from flexpipe.memory.shards import shard_tensors
 from flexpipe.memory.source import open_checkpoint
-from flexpipe.model.config import ModelConfig
+from flexpipe.model.config import ModelConfig, Shard, shard_config
 from flexpipe.model.families import read_config
 from flexpipe.plan.block import Need
 from flexpipe.plan.hardware import Emulation, rss_bytes
@@ -97,6 +98,13 @@ class Model:
                 for tensor in model_tensors(config)
             },
         )
+
+    def of_shard(self, shard: Shard) -> Model:
+        """What one shard of a stage has of the model."""
+        if shard.size == 1:
+            return self
+        config = shard_config(self.config, shard)
+        return replace(self, config=config, stored=shard_tensors(config, self.stored))
 
     def planners(self, offload: OffloadDirectory, needs: Sequence[Need]) -> MakePlanner:
         """What makes the plans of any stage for requests with these needs."""

@@ -88,7 +88,10 @@ def run_job(spec: JobSpec, probes: Probes | None = None, gang: Gang | None = Non
             stack.enter_context(journal)
         done = read_done(spec.output_path) if journal and not journal.is_new else Done()
         job = _Job(spec, model, file, journal, done)
-        crew = None if gang is None else Crew(gang, spec, model, offload)
+        crew = None
+        if gang is not None:
+            model = model.of_shard(gang.shard)
+            crew = Crew(gang, spec, model, offload)
         made = _run(job, offload, probes, crew)
         if journal is not None:
             journal.close(complete=True)
