@@ -16,6 +16,9 @@ class Transport(Protocol):
     def receive(self, tensor: Tensor) -> None:
         """Fill a contiguous tensor with what the previous rank sent."""
 
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Add up a contiguous tensor over the ranks of this stage, in place; all get the same."""
+
     def abort(self) -> None:
         """Wake, from another thread, whoever waits here: they raise Stopped, and so does who comes
         later."""

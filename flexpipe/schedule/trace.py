@@ -39,6 +39,7 @@ _COLOURS: Mapping[Kind, str] = {
     Kind.SEND_HIDDEN: "#feb24c",
     Kind.RECEIVE_TOKENS: "#e7cb94",
     Kind.SEND_TOKENS: "#bd9e39",
+    Kind.ALL_REDUCE: "#fb9a99",
     Kind.COMMIT: "#737373",
     Kind.BARRIER: "#252525",
 }
