@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from flexpipe.closing import Closing
 from flexpipe.job.compute import Events, Work
 from flexpipe.job.measure import Ran, layers_of, stage_use
 from flexpipe.job.prepare import Model, site_here
@@ -27,14 +28,16 @@ from flexpipe.plan.pipeline import Pipeline
 from flexpipe.plan.plan import Budgets, Plan
 from flexpipe.plan.policy import Policy, knob
 from flexpipe.plan.tier import Tier
+from flexpipe.policy.curve import Curve
 from flexpipe.policy.pipeline import Site
 from flexpipe.policy.profile import parse_profile, render_profile
 from flexpipe.policy.shares import Machine
+from flexpipe.profiling.ring import message_seconds, slowest_link
 from flexpipe.runtime.control import Follower, Publisher
 from flexpipe.runtime.device import Device
 from flexpipe.runtime.dispatcher import Dispatcher
 from flexpipe.runtime.gang import Gang
-from flexpipe.runtime.transport import GroupTransport, Seat
+from flexpipe.runtime.transport import GroupTransport
 from flexpipe.schedule.trace import stage_events, write_events
 
 
@@ -79,20 +82,31 @@ class Orders:
         )
 
 
-class Crew:
-    """The ranks of a job, seen from one of them."""
+class Crew(Closing):
+    """The ranks of a job, seen from one of them, and the messages between them."""
 
     def __init__(self, gang: Gang, spec: JobSpec, model: Model, offload: OffloadDirectory) -> None:
-        """Say what this rank brings, and hear what the others do."""
+        """Say what this rank brings, hear what the others do, and reach the neighbours."""
         self.gang = gang
+        gang.watch.on_failure(model.device.stop.set)
+        self._transport = GroupTransport.open(gang, model.device.torch_device)
         here, ranks = gang.here.machine, gang.ranks
         sharers = sum(member.machine == here for member in gang.members)
         self.here = site_here(spec, model, offload, stage=ranks.stage, num_sharers=sharers)
         brought = gang.board.exchange("site", _brought(self.here))
+        comm = self._message_rates(model.device)
         self.sites = [
-            _site(brought[first : first + ranks.num_shards], spec, stage)
+            _site(brought[first : first + ranks.num_shards], spec, stage, comm)
             for stage, first in enumerate(range(0, ranks.size, ranks.num_shards))
         ]
+
+    def close(self) -> None:
+        """Part from the other ranks; all must be past their last message."""
+        self._transport.close()
+
+    def introduce(self, plan: Plan, device: Device) -> None:
+        """Tell who this is."""
+        self.gang.introduce(device.name, layers_of(plan))
 
     def give(self, orders: Orders | None) -> None:
         """Rank 0's decision; None where there is nothing to do."""
@@ -109,23 +123,22 @@ class Crew:
         ranks = self.gang.ranks
         embedding = range(1, ranks.num_shards)
         publisher = Publisher(self.gang.connect(), range(1, ranks.size), embedding)
-        with self._reaching(work.plan, work.device) as transport:
-            steps = publisher.wrap(work.steps)
-            yield replace(work, steps=steps, transport=transport), self._events(events)
+        steps = publisher.wrap(work.steps)
+        yield replace(work, steps=steps, transport=self._transport), self._events(events)
+        self.gang.board.meet("last message")
 
     @contextmanager
     def following(self, plan: Plan, device: Device) -> Iterator[tuple[Work, Events]]:
         """Another rank's work, whose steps are told by rank 0."""
-        with (
-            self._reaching(plan, device) as transport,
-            Follower(self.gang.connect(), self.gang.ranks.rank) as follower,
-        ):
-            work = Work(plan=plan, device=device, steps=follower.steps, transport=transport)
+        with Follower(self.gang.connect(), self.gang.ranks.rank) as follower:
+            steps, transport = follower.steps, self._transport
+            work = Work(plan=plan, device=device, steps=steps, transport=transport)
 
             def started(dispatcher: Dispatcher) -> None:
                 follower.wake = dispatcher.wake
 
             yield work, self._events(Events(started=started))
+        self.gang.board.meet("last message")
 
     def stages(self, ran: Ran) -> list[StageUse]:
         """Every rank's figures, by rank; bubbles are those of the job's window."""
@@ -146,18 +159,13 @@ class Crew:
         if ranks.rank == 0:
             write_events(path, [event for events in told for event in events])
 
-    @contextmanager
-    def _reaching(self, plan: Plan, device: Device) -> Iterator[GroupTransport]:
-        """Introduce this rank, and reach its neighbours until the block ends."""
-        gang = self.gang
-        gang.introduce(device.name, layers_of(plan))
-        seat = Seat.of(device.torch_device, gang.here.machine)
-        seats = [Seat(**one) for one in gang.board.exchange("seat", asdict(seat))]
-        gang.watch.on_failure(device.stop.set)
-        with GroupTransport(gang.ranks, seats, gang.connect(), device.torch_device) as transport:
-            gang.watch.on_failure(transport.abort)
-            yield transport
-            gang.board.meet("last message")
+    def _message_rates(self, device: Device) -> Curve | None:
+        """Of the ring's slowest edge; None where there is no ring."""
+        if self.gang.ranks.num_stages == 1:
+            return None
+        took = message_seconds(self._transport, device.torch_device)
+        told = self.gang.board.exchange("messages", [*took.values()])
+        return slowest_link([dict(zip(took, seconds, strict=True)) for seconds in told])
 
     def _events(self, events: Events) -> Events:
         """The same, for a stage that waits for the others and ends when one of them fails."""
@@ -180,13 +188,17 @@ def _brought(site: Site) -> dict[str, Any]:
     }
 
 
-def _site(brought: Sequence[Mapping[str, Any]], spec: JobSpec, stage: int) -> Site:
+def _site(
+    brought: Sequence[Mapping[str, Any]], spec: JobSpec, stage: int, comm: Curve | None
+) -> Site:
     """A stage's: its ranks compute alike, and each may spend what the poorest of them may."""
     first, budgets = brought[0], [one["budgets"] for one in brought]
     least = {name: min(one[name] for one in budgets) for name in ("gpu", "cpu", "disk")}
     tier, machine = Tier(first["device_tier"]), None
     if first["profile"] is not None:
         profile = parse_profile(yaml.safe_load(first["profile"]))
+        if comm is not None:
+            profile = replace(profile, links={**profile.links, "comm": comm})
         machine = Machine(profile=profile, device_tier=tier, emulation=spec.emulation)
     return Site(
         budgets=Budgets(**least, overhead=max(one["overhead"] for one in budgets)),

@@ -25,7 +25,7 @@ def follow_job(spec: JobSpec, gang: Gang, probes: Probes | None = None) -> None:
         offload = stack.enter_context(OffloadDirectory(offload_dir))
         gang.watch.clean_up(offload.close)
         model = Model.open(spec, offload, needs_text=False).of_shard(gang.shard)
-        crew = Crew(gang, spec, model, offload)
+        crew = stack.enter_context(Crew(gang, spec, model, offload))
         orders = crew.take()
         if orders is None:
             return
@@ -34,6 +34,7 @@ def follow_job(spec: JobSpec, gang: Gang, probes: Probes | None = None) -> None:
         stage = gang.ranks.stage
         plan = planner(orders.pipeline, stage, crew.here.budgets)(orders.policies[stage])
         check_fits(plan, "Its memory was taken by another program meanwhile.")
+        crew.introduce(plan, model.device)
         traced = spec.trace_path is not None
         with crew.following(plan, model.device) as (work, events):
             ran = compute(work, offload, events, probes or Probes(), keep_spans=traced)

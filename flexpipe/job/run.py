@@ -91,7 +91,7 @@ def run_job(spec: JobSpec, probes: Probes | None = None, gang: Gang | None = Non
         crew = None
         if gang is not None:
             model = model.of_shard(gang.shard)
-            crew = Crew(gang, spec, model, offload)
+            crew = stack.enter_context(Crew(gang, spec, model, offload))
         made = _run(job, offload, probes, crew)
         if journal is not None:
             journal.close(complete=True)
@@ -178,6 +178,7 @@ def _run(job: _Job, offload: OffloadDirectory, probes: Probes, crew: Crew | None
         plans, entries, refused = plan_job(spec, model, entries, offload, sites)
         if crew is not None:
             crew.give(Orders.of_plans(plans, [entry.need for entry in entries]))
+            crew.introduce(plans[0], model.device)
         for line in refused:
             outcome.reject(line, spec.fail_fast)
         total = outcome.tally.num_requests
