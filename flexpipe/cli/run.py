@@ -17,7 +17,8 @@ from flexpipe.cli.options import (
     pipeline_options,
     policy_options,
 )
-from flexpipe.job.spec import JobSpec
+from flexpipe.job.spec import DEFAULT_OFFLOAD_DIR, JobSpec
+from flexpipe.memory.offload import OffloadDirectory
 from flexpipe.plan.arrangement import Arrangement
 from flexpipe.runtime.launch import flexpipe_command, heed_launcher, launch
 from flexpipe.runtime.ranks import Ranks
@@ -69,7 +70,7 @@ def run(as_json: bool, **options: Any) -> None:
     """Run a model over a file of prompts."""
     spec = JobSpec(**options)
     if spec.arrangement.num_ranks > 1 and _rank(spec.arrangement) is None:
-        _start_ranks(spec.arrangement)
+        _start_ranks(spec)
     from flexpipe.job.run import run_job  # imports torch, so only once the options are sound
 
     report = run_job(spec)
@@ -83,17 +84,22 @@ def run(as_json: bool, **options: Any) -> None:
 def _rank(arrangement: Arrangement) -> Ranks | None:
     """Which of the job's ranks this process is; None where it is to start them."""
     heed_launcher()
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it would tell of every connection
+    # torch would tell of every wait in its store, each with seconds for a name server it misses
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     return Ranks.from_environment(arrangement.num_stages, arrangement.num_shards)
 
 
-def _start_ranks(arrangement: Arrangement) -> NoReturn:
+def _start_ranks(spec: JobSpec) -> NoReturn:
     """All ranks on this host, by this same command line."""
     context = click.get_current_context()
-    code = launch(
-        flexpipe_command(context.find_root().obj),
-        num_stages=arrangement.num_stages,
-        num_shards=arrangement.num_shards,
-        completed=(0, REQUESTS_FAILED),
-    )
+    try:
+        code = launch(
+            flexpipe_command(context.find_root().obj),
+            num_stages=spec.arrangement.num_stages,
+            num_shards=spec.arrangement.num_shards,
+            completed=(0, REQUESTS_FAILED),
+        )
+    except BaseException:
+        with OffloadDirectory((spec.offload_dir or DEFAULT_OFFLOAD_DIR).expanduser()):
+            raise  # to open it was to clear what a killed rank left
     context.exit(code)
