@@ -115,6 +115,36 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 # for claims of their own
 OTHERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "qwen3-wide": ("qwen3", {**_SMALL, "num_key_value_heads": 2, "head_dim": 80}),
+    "llama2-deep": ("llama", {**_SMALL, "num_hidden_layers": 8, "tie_word_embeddings": False}),
+    "qwen2-windows-deep": (
+        "qwen2",
+        {
+            **_SMALL,
+            "num_hidden_layers": 8,
+            "num_key_value_heads": 2,
+            "use_sliding_window": True,
+            "sliding_window": 48,
+            "max_window_layers": 3,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "opt-350m-deep": (
+        "opt",
+        {**_OPT, "num_hidden_layers": 8, "word_embed_proj_dim": 32, "do_layer_norm_before": False},
+    ),
+    # four shards have heads enough, and a vocabulary that they cannot share evenly
+    "llama-eight": (
+        "llama",
+        {
+            **_SMALL,
+            "vocab_size": VOCAB + 3,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
 }
 
 

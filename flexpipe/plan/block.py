@@ -1,14 +1,16 @@
-"""The shape of a block: micro-batches, places for rows, room for their KV cache and hidden.
+"""The shape of the blocks: micro-batches, places for rows, room for their KV cache and hidden.
 
-Requests are taken longest first, so the first block is the largest that will ever run: whoever
+Requests are taken longest first, so the first rows are the largest that will ever run: whoever
 takes a finished row's place needs at most as much. A micro-batch's places all have room for the
-longest of its first rows; that room, times the places, is what the KV cache costs.
+longest of its first rows; that room, times the places, is what the KV cache costs. Several blocks
+in flight are as many more micro-batches, dealt to the blocks in order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from flexpipe.plan.layout import round_up
 from flexpipe.plan.placement import deal_places
@@ -35,7 +37,7 @@ class Need:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatchPlan:
-    """One micro-batch of the block: a place per row, each place's KV home, the hidden's home.
+    """One micro-batch: a place per row, each place's KV home, the hidden's home.
 
     `region_tokens` is the room of each place, `max_new_tokens` the most new tokens in one step.
     """
@@ -66,13 +68,19 @@ def longest_first(needs: Sequence[Need]) -> list[int]:
 
 
 def block_shape(
-    policy: Policy, needs: Sequence[Need], *, token_bytes: int, hidden_bytes: int
+    policy: Policy,
+    needs: Sequence[Need],
+    *,
+    token_bytes: int,
+    hidden_bytes: int,
+    num_blocks: int = 1,
 ) -> tuple[MicroBatchPlan, ...]:
-    """The micro-batches of a block for these requests.
+    """The micro-batches of all blocks in flight for these requests.
 
     `token_bytes` is what a token's keys and values take in one layer, `hidden_bytes` its hidden.
     """
-    first = [needs[index] for index in longest_first(needs)[: _num_places(policy)]]
+    num_places = _num_places(policy) * num_blocks
+    first = [needs[index] for index in longest_first(needs)[:num_places]]
     size = policy.micro_batch_size
     groups = [first[start : start + size] for start in range(0, len(first), size)]
     longest_prompt = max(need.prompt for need in needs)
@@ -98,6 +106,13 @@ def block_shape(
         )
         for index, group in enumerate(groups)
     )
+
+
+def block_ranges(num_micro_batches: int, num_blocks: int) -> tuple[range, ...]:
+    """The micro-batches of each block; where there are few, the first blocks have one more."""
+    size, more = divmod(num_micro_batches, num_blocks)
+    starts = [block * size + min(block, more) for block in range(num_blocks + 1)]
+    return tuple(range(start, stop) for start, stop in pairwise(starts))
 
 
 def page_extents(

@@ -19,6 +19,7 @@ from flexpipe.model.config import DTYPE_BYTES, ModelConfig
 from flexpipe.model.families import read_config
 from flexpipe.plan.block import Need
 from flexpipe.plan.codec import Codec
+from flexpipe.plan.pipeline import Pipeline
 from flexpipe.plan.placement import model_tensors
 from flexpipe.plan.plan import Budgets, Plan, Planner
 from flexpipe.plan.policy import COMPRESSIONS, STRATEGIES, Policy, Shares
@@ -109,6 +110,7 @@ class FakeTensor:
     offset: int
     num_bytes: int
     path: object = "model.safetensors"
+    stride: int | None = None
 
 
 def stored_tensors(config: ModelConfig, dtype: str | None = None) -> dict[str, FakeTensor]:
@@ -123,15 +125,18 @@ def stored_tensors(config: ModelConfig, dtype: str | None = None) -> dict[str, F
 
 @dataclass(frozen=True)
 class FakeForm(FakeTensor):
-    """The compressed form of a tensor that is not there either."""
+    """Another form of a tensor that is not there either."""
 
     new_bytes: int = 0
 
     @classmethod
-    def of(cls, config: ModelConfig, name: str, codec: Codec) -> FakeForm:
-        shapes = {spec.name: spec.shape for spec in model_tensors(config)}
-        num_bytes = shapes[name][0] * codec.row_bytes(shapes[name][1])
-        return cls("uint8", 4096, num_bytes, f"{name}.{codec.bits}", num_bytes)
+    def of(cls, config: ModelConfig, name: str, codec: Codec | None) -> FakeForm:
+        num_rows, size = {spec.name: spec.shape for spec in model_tensors(config)}[name]
+        if codec is None:
+            num_bytes = num_rows * size * DTYPE_BYTES[config.dtype]
+            return cls(config.dtype, 4096, num_bytes, f"{name}.whole", new_bytes=num_bytes)
+        num_bytes = num_rows * codec.row_bytes(size)
+        return cls("uint8", 4096, num_bytes, f"{name}.{codec.bits}", new_bytes=num_bytes)
 
 
 NEEDS = (Need(70, 6), Need(30, 6), Need(12, 6), Need(9, 6), Need(5, 6), Need(3, 6), Need(1, 6))
@@ -145,6 +150,8 @@ def tiny_plan(
     needs: Sequence[Need] = NEEDS,
     budgets: Budgets = ROOMY,
     dtype: str | None = None,
+    pipeline: Pipeline | None = None,
+    rank: int = 0,
     **knobs: Any,
 ) -> Plan:
     """The plan for a policy, or for knobs of one, on a device beside `tier`."""
@@ -157,7 +164,9 @@ def tiny_plan(
         budgets,
         device_tier=tier,
         compute_dtype="float32",
-        compress=partial(FakeForm.of, config),
+        form_of=partial(FakeForm.of, config),
+        pipeline=pipeline,
+        rank=rank,
     )
     return planner(given)
 
@@ -235,19 +244,20 @@ def plans(draw: st.DrawFn, *, strategy: str | None = None) -> Plan:
 def steps_for(draw: st.DrawFn, plan: Plan, *, most: int = 4) -> list[MicroBatches]:
     """A sequence of steps: empty micro-batches, chunks, mixed phases, nothing sampled."""
     contexts: dict[tuple[int, int], int] = {}
-    made = []
+    made: list[MicroBatches] = []
     for _ in range(draw(st.integers(1, most))):
-        batches = tuple(_batches(draw, plan, contexts))
-        if not batches:  # a job forms no step without rows
+        block = plan.blocks[len(made) % len(plan.blocks)]
+        batches = tuple(_batches(draw, plan, contexts, block))
+        if not batches and len(plan.blocks) == 1:  # a job forms no step without rows
             continue
         made.append(batches)
     return made
 
 
 def _batches(
-    draw: st.DrawFn, plan: Plan, contexts: dict[tuple[int, int], int]
+    draw: st.DrawFn, plan: Plan, contexts: dict[tuple[int, int], int], block: range
 ) -> Iterator[MicroBatch]:
-    for mb in plan.micro_batches:
+    for mb in (plan.micro_batches[index] for index in block):
         rows = []
         for place in range(mb.num_places):
             does = draw(st.sampled_from(["idle", "begin", "chunk", "go on", "decode", "decode"]))
