@@ -51,7 +51,7 @@ class Terminated(KeyboardInterrupt):
 
 
 # who saw a peer die tells it better than who lost its connection; seconds to wait for that
-_PATIENCE_S = {PeerLost: 1.0, Terminated: 2.0, Stopped: 2.0, StoreLost: 2.0}
+_PATIENCE_S = {PeerLost: 2.0, Terminated: 3.0, Stopped: 3.0, StoreLost: 3.0}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,6 +167,18 @@ class Watch:
             thread.join()
         self._leave()
 
+    def tell(self, error: BaseException) -> None:
+        """This rank has failed, though it may take a while to end: let the others know why.
+
+        From any thread. What only shows here is kept for the end.
+        """
+        if isinstance(error, tuple(_PATIENCE_S)):
+            return
+        with self._lock:
+            self._is_ending = True
+        with contextlib.suppress(RuntimeError, RunError):
+            self._settle(self._own(error).record(self._connect()))
+
     def ended_by(self, error: BaseException) -> BaseException:
         """What to raise when this rank ends with `error`: the first failure of all ranks."""
         self._begin_to_end()
@@ -270,8 +282,8 @@ class Watch:
         return Failure(rank=0, reason=f"{who}, which serves the store of all ranks, {what}")
 
     def _learn(self, failure: Failure | None) -> None:
-        """Another rank failed: stop this one."""
-        if failure is None or not self._settle(failure):
+        """Another rank failed: stop this one, unless it is ending already."""
+        if failure is None or not self._settle(failure) or self._is_ending:
             return
         for callback in self._on_failure:
             try:
