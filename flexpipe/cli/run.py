@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
-from flexpipe.cli.options import machine_options, model_options, policy_options
+from flexpipe.cli.options import (
+    machine_options,
+    model_options,
+    network_options,
+    pipeline_options,
+    policy_options,
+)
 from flexpipe.job.spec import JobSpec
+from flexpipe.plan.arrangement import Arrangement
+from flexpipe.runtime.launch import flexpipe_command, heed_launcher, launch
+from flexpipe.runtime.ranks import Ranks
 
 REQUESTS_FAILED = 6  # exit code: the run is complete, but some records hold an error
 
@@ -52,10 +62,14 @@ _FILE = click.Path(path_type=Path)
 @click.option("--ignore-eos", is_flag=True, help="Go on after the model's end token.")
 @click.option("--fail-fast", is_flag=True, help="Stop at the first line that cannot be run.")
 @machine_options
+@pipeline_options
+@network_options
 @policy_options
 def run(as_json: bool, **options: Any) -> None:
     """Run a model over a file of prompts."""
     spec = JobSpec(**options)
+    if spec.arrangement.num_ranks > 1 and _rank(spec.arrangement) is None:
+        _start_ranks(spec.arrangement)
     from flexpipe.job.run import run_job  # imports torch, so only once the options are sound
 
     report = run_job(spec)
@@ -64,3 +78,22 @@ def run(as_json: bool, **options: Any) -> None:
         print(json.dumps(report.to_dict()))
     if report.num_failed:
         click.get_current_context().exit(REQUESTS_FAILED)
+
+
+def _rank(arrangement: Arrangement) -> Ranks | None:
+    """Which of the job's ranks this process is; None where it is to start them."""
+    heed_launcher()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it would tell of every connection
+    return Ranks.from_environment(arrangement.num_stages, arrangement.num_shards)
+
+
+def _start_ranks(arrangement: Arrangement) -> NoReturn:
+    """All ranks on this host, by this same command line."""
+    context = click.get_current_context()
+    code = launch(
+        flexpipe_command(context.find_root().obj),
+        num_stages=arrangement.num_stages,
+        num_shards=arrangement.num_shards,
+        completed=(0, REQUESTS_FAILED),
+    )
+    context.exit(code)

@@ -16,8 +16,10 @@ from typing import Any, Literal, get_args
 
 from flexpipe.errors import InputError
 from flexpipe.job.params import SamplingParams
+from flexpipe.plan.arrangement import Arrangement
 from flexpipe.plan.hardware import Emulation
 from flexpipe.plan.policy_file import MadeFor
+from flexpipe.runtime.network import Network
 
 LoadFormat = Literal["auto", "dummy"]
 LOAD_FORMATS: tuple[LoadFormat, ...] = get_args(LoadFormat)
@@ -56,6 +58,8 @@ class JobSpec:
     trace_path: Path | None = None
     overwrite: bool = False
     progress: bool = True
+    arrangement: Arrangement = field(default_factory=Arrangement)
+    network: Network = field(default_factory=Network)
 
     def __post_init__(self) -> None:
         if not self.model:
