@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from flexpipe.errors import FlexpipeError
+from flexpipe.errors import FlexpipeError, InputError
 from flexpipe.job.bench import Workload
 from flexpipe.job.spec import LOAD_FORMATS, TRACE_SUFFIXES
 from flexpipe.plan.arrangement import PARTITIONS, Arrangement
@@ -127,11 +127,48 @@ def policy_options(command: Command) -> Command:
     @functools.wraps(command)
     def with_given(policy: str | None, percent: tuple[float, ...] | None, **others: Any) -> None:
         knobs = {field: others.pop(field) for field in OPTION_NAMES if field in others}
-        file = PolicyFile(knobs={}) if policy is None else PolicyFile.read(policy_file(policy))
+        file = _policy_file(policy)
+        if file.stages:
+            raise InputError(
+                f"--policy {policy} is for a pipeline of {len(file.stages)} stages, which this "
+                "command does not take; use another one"
+            )
         given = given_knobs(file.knobs, percent, knobs)
         command(given=given, made_for=file.made_for, **others)
 
     return _decorated(with_given, _POLICY_OPTIONS)
+
+
+def stage_policy_options(command: Command) -> Command:
+    """Add the knobs, and how a model is shared among ranks; beside what `policy_options` gives, the
+    command gets the `Arrangement`, as `arrangement`, which may come from the policy file, and the
+    knobs given for each stage, as `stage_given`."""
+
+    @functools.wraps(command)
+    def with_given(
+        policy: str | None,
+        percent: tuple[float, ...] | None,
+        arrangement: Arrangement,
+        **others: Any,
+    ) -> None:
+        knobs = {field: others.pop(field) for field in OPTION_NAMES if field in others}
+        file = _policy_file(policy)
+        if file.stages:
+            arrangement = arrangement.of_stages(len(file.stages), file.cut)
+        own = [stage.knobs for stage in file.stages] or [{}] * arrangement.num_stages
+        command(
+            given=given_knobs(file.knobs, percent, knobs),
+            stage_given=tuple(given_knobs({**file.knobs, **one}, percent, knobs) for one in own),
+            arrangement=arrangement,
+            made_for=file.made_for,
+            **others,
+        )
+
+    return pipeline_options(_decorated(with_given, _POLICY_OPTIONS))
+
+
+def _policy_file(policy: str | None) -> PolicyFile:
+    return PolicyFile(knobs={}) if policy is None else PolicyFile.read(policy_file(policy))
 
 
 def given_knobs(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from flexpipe.errors import PolicyError
@@ -49,6 +49,18 @@ class Arrangement:
     def is_searched(self) -> bool:
         """Whether the cut follows from what stages would take."""
         return self.layers is None and self.partition == "balanced" and self.num_stages > 1
+
+    def of_stages(self, num_stages: int, layers: tuple[int, ...] | None) -> Arrangement:
+        """The same for so many stages, cut so where nothing else is asked."""
+        if self.num_stages not in (1, num_stages):
+            raise PolicyError(
+                f"--pipeline-parallel-size is {self.num_stages}, but the policy file has "
+                f"{num_stages} stages; make the two equal"
+            )
+        if layers is None or self.layers is not None or self.partition == "even":
+            return replace(self, num_stages=num_stages)
+        num_chunks = len(layers) // num_stages
+        return replace(self, num_stages=num_stages, num_chunks=num_chunks, layers=layers)
 
     @classmethod
     def parse_layers(cls, text: str) -> tuple[int, ...]:

@@ -619,6 +619,10 @@ class Planner:
         return self._config
 
     @property
+    def pipeline(self) -> Pipeline:
+        return self._pipeline
+
+    @property
     def compute_dtype(self) -> str:
         return self._compute_dtype
 

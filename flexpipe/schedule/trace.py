@@ -57,25 +57,53 @@ class Timed(Protocol):
 
 
 def write_trace(path: Path, spans: Sequence[Timed], plan: Plan) -> None:
-    """Draw `spans` into a .json, .png or .svg file."""
+    """Draw the `spans` of one stage into a .json, .png or .svg file."""
+    write_traces(path, [spans], [plan])
+
+
+def write_traces(path: Path, stages: Sequence[Sequence[Timed]], plans: Sequence[Plan]) -> None:
+    """The same of all stages: a process each in a trace, one below the other in a picture."""
     try:
         if path.suffix == ".json":
-            path.write_text(json.dumps(perfetto(spans, plan)), encoding="utf-8")
+            path.write_text(json.dumps(perfetto(stages, plans)), encoding="utf-8")
         else:
-            _draw(path, spans)
+            _draw(path, stages)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from error
 
 
-def perfetto(spans: Sequence[Timed], plan: Plan) -> dict[str, object]:
-    """The Trace Event Format: complete events in microseconds, a thread per lane."""
+def perfetto(stages: Sequence[Sequence[Timed]], plans: Sequence[Plan]) -> dict[str, object]:
+    """The Trace Event Format: complete events in microseconds, a process per stage, a thread per
+    lane."""
+    events: list[dict[str, object]] = []
+    for spans, plan in zip(stages, plans, strict=True):
+        if len(plans) > 1:
+            name = {"name": f"stage {plan.rank}"}
+            events.append({"ph": "M", "name": "process_name", "pid": plan.rank, "args": name})
+        events += _stage_events(spans, plan)
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def _stage_events(spans: Sequence[Timed], plan: Plan) -> list[dict[str, object]]:
     used = [lane for lane in Lane if any(span.op.lane == lane for span in spans)]
     names: list[dict[str, object]] = [
-        {"ph": "M", "name": "thread_name", "pid": 0, "tid": tid, "args": {"name": lane.value}}
+        {
+            "ph": "M",
+            "name": "thread_name",
+            "pid": plan.rank,
+            "tid": tid,
+            "args": {"name": lane.value},
+        }
         for tid, lane in enumerate(used)
     ]
     order: list[dict[str, object]] = [
-        {"ph": "M", "name": "thread_sort_index", "pid": 0, "tid": tid, "args": {"sort_index": tid}}
+        {
+            "ph": "M",
+            "name": "thread_sort_index",
+            "pid": plan.rank,
+            "tid": tid,
+            "args": {"sort_index": tid},
+        }
         for tid in range(len(used))
     ]
     events: list[dict[str, object]] = [
@@ -83,7 +111,7 @@ def perfetto(spans: Sequence[Timed], plan: Plan) -> dict[str, object]:
             "ph": "X",
             "name": _name(span.op, plan),
             "cat": span.op.kind.value,
-            "pid": 0,
+            "pid": plan.rank,
             "tid": used.index(span.op.lane),
             "ts": round(span.start_s * 1e6, 3),
             "dur": round((span.end_s - span.start_s) * 1e6, 3),
@@ -91,7 +119,7 @@ def perfetto(spans: Sequence[Timed], plan: Plan) -> dict[str, object]:
         }
         for span in spans
     ]
-    return {"traceEvents": [*names, *order, *events], "displayTimeUnit": "ms"}
+    return [*names, *order, *events]
 
 
 def _name(op: Op, plan: Plan) -> str:
@@ -108,7 +136,7 @@ def _args(op: Op, plan: Plan) -> dict[str, object]:
     return args
 
 
-def _draw(path: Path, spans: Sequence[Timed]) -> None:
+def _draw(path: Path, stages: Sequence[Sequence[Timed]]) -> None:
     try:
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
@@ -116,18 +144,22 @@ def _draw(path: Path, spans: Sequence[Timed]) -> None:
         raise InputError(
             f"{path} needs matplotlib: pip install 'flexpipe[plot]', or write a .json trace"
         ) from None
-    used = [lane for lane in Lane if any(span.op.lane == lane for span in spans)]
-    kinds = [kind for kind in Kind if any(span.op.kind == kind for span in spans)]
-    figure = Figure(figsize=(14, 1.2 + 0.55 * len(used)), layout="constrained")
+    rows = [
+        (f"{rank} " * (len(stages) > 1) + lane.value, mine)
+        for rank, spans in enumerate(stages)
+        for lane in Lane
+        if (mine := [span for span in spans if span.op.lane == lane])
+    ]
+    kinds = [kind for kind in Kind if any(s.op.kind == kind for _, mine in rows for s in mine)]
+    figure = Figure(figsize=(14, 1.2 + 0.55 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    for row, lane in enumerate(used):
-        mine = [span for span in spans if span.op.lane == lane]
+    for row, (_, mine) in enumerate(rows):
         axes.broken_barh(
             [(span.start_s, span.end_s - span.start_s) for span in mine],
             (row - 0.4, 0.8),
             facecolors=[_COLOURS[span.op.kind] for span in mine],
         )
-    axes.set_yticks(range(len(used)), [lane.value for lane in used])
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
     axes.invert_yaxis()
     axes.set_xlabel("seconds")
     figure.legend(
