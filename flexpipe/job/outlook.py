@@ -167,7 +167,7 @@ class Outlook:
             budgets,
             device_tier=self.device_tier,
             compute_dtype=self.compute_dtype,
-            compress=paper_forms(self.shape.config),
+            form_of=paper_forms(self.shape.config),
             pipeline=pipeline,
             rank=rank,
         )
