@@ -22,7 +22,7 @@ from flexpipe.memory.paper import paper_forms, tensors_of
 from flexpipe.model.config import ModelConfig
 from flexpipe.model.families import read_config
 from flexpipe.plan.arrangement import Arrangement
-from flexpipe.plan.block import Need
+from flexpipe.plan.block import Need, Queue
 from flexpipe.plan.hardware import Emulation
 from flexpipe.plan.pipeline import Pipeline
 from flexpipe.plan.placement import Stored
@@ -153,24 +153,22 @@ class Outlook:
     @property
     def stage_model(self) -> Model:
         """The model, for whoever shares it among ranks."""
-        return Model(
-            num_layers=self.shape.config.num_layers,
-            needs=self.needs,
-            make_planner=self._stage_planner,
-        )
+        config, queue = self.shape.config, Queue.of(self.needs)
 
-    def _stage_planner(self, pipeline: Pipeline, rank: int, budgets: Budgets) -> Planner:
-        return Planner(
-            self.shape.config,
-            self.needs,
-            self.shape.stored,
-            budgets,
-            device_tier=self.device_tier,
-            compute_dtype=self.compute_dtype,
-            form_of=paper_forms(self.shape.config),
-            pipeline=pipeline,
-            rank=rank,
-        )
+        def planner(pipeline: Pipeline, rank: int, budgets: Budgets) -> Planner:
+            return Planner(
+                config,
+                queue,
+                self.shape.stored,
+                budgets,
+                device_tier=self.device_tier,
+                compute_dtype=self.compute_dtype,
+                form_of=paper_forms(config),
+                pipeline=pipeline,
+                rank=rank,
+            )
+
+        return Model(num_layers=config.num_layers, needs=self.needs, make_planner=planner)
 
     def sites(self, stage_given: Sequence[Mapping[str, Any]]) -> list[Site]:
         """As many machines like this one, one for each stage."""
