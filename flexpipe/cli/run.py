@@ -14,8 +14,7 @@ from flexpipe.cli.options import (
     machine_options,
     model_options,
     network_options,
-    pipeline_options,
-    policy_options,
+    stage_policy_options,
 )
 from flexpipe.job.spec import JobSpec
 from flexpipe.plan.arrangement import Arrangement
@@ -62,17 +61,20 @@ _FILE = click.Path(path_type=Path)
 @click.option("--ignore-eos", is_flag=True, help="Go on after the model's end token.")
 @click.option("--fail-fast", is_flag=True, help="Stop at the first line that cannot be run.")
 @machine_options
-@pipeline_options
 @network_options
-@policy_options
+@stage_policy_options
 def run(as_json: bool, **options: Any) -> None:
     """Run a model over a file of prompts."""
     spec = JobSpec(**options)
-    if spec.arrangement.num_ranks > 1 and _rank(spec.arrangement) is None:
+    ranks = _rank(spec.arrangement) if spec.arrangement.num_ranks > 1 else None
+    if ranks is None and spec.arrangement.num_ranks > 1:
         _start_ranks(spec.arrangement)
-    from flexpipe.job.run import run_job  # imports torch, so only once the options are sound
+    # imports torch, so only once the options are sound
+    from flexpipe.job.run import run_job, run_shared
 
-    report = run_job(spec)
+    report = run_job(spec) if ranks is None else run_shared(spec, ranks)
+    if report is None:  # rank 0 tells
+        return
     print(f"\n{report.render()}", file=sys.stderr)
     if as_json:
         print(json.dumps(report.to_dict()))

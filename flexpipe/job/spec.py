@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -33,7 +33,8 @@ class JobSpec:
     """One batch job: model, prompts in, results out, and how to use the machine.
 
     `given` holds the fields of `Policy` that the user chose; the search finds the rest. Where they
-    were `made_for` a model, they go with no other. `device` "auto" takes the accelerator if there
+    were `made_for` a model, they go with no other. `stage_given` has them for each stage of the
+    `arrangement`, as far as these differ. `device` "auto" takes the accelerator if there
     is one, else the CPU. `emulation` goes with the device "emulated" and is never None there.
     """
 
@@ -58,6 +59,7 @@ class JobSpec:
     trace_path: Path | None = None
     overwrite: bool = False
     progress: bool = True
+    stage_given: Sequence[Mapping[str, Any]] = ()
     arrangement: Arrangement = field(default_factory=Arrangement)
     network: Network = field(default_factory=Network)
 
@@ -84,6 +86,10 @@ class JobSpec:
             stop=self.stop,
             ignore_eos=self.ignore_eos,
         )
+
+    def given_at(self, stage: int) -> Mapping[str, Any]:
+        """The knobs that the user chose for one stage."""
+        return self.stage_given[stage] if self.stage_given else self.given
 
     def _check_paths(self) -> None:
         for option, path in (

@@ -34,10 +34,10 @@ from flexpipe.plan.tier import Tier
 from flexpipe.policy.cost import CostModel
 from flexpipe.policy.estimate import Work, step_work
 from flexpipe.policy.profile import LINKS, Profile
-from flexpipe.schedule.build import schedule
+from flexpipe.schedule.build import Steps, schedule
 from flexpipe.schedule.op import Lane, Op
 from flexpipe.schedule.places import Counts, IntArray, Part, Places, phases
-from flexpipe.schedule.relay import Relay, Steps
+from flexpipe.schedule.relay import Relay
 from flexpipe.schedule.simulate import (
     OnCommit,
     RankOps,

@@ -22,9 +22,8 @@ from flexpipe.closing import Closing
 from flexpipe.memory.disk import Stopped
 from flexpipe.model.draw import Draw
 from flexpipe.runtime.board import SLICE
+from flexpipe.schedule.build import MicroBatches, Steps
 from flexpipe.schedule.step import MicroBatch, Row
-
-Steps = Callable[[int], "Iterator[MicroBatch | None] | None"]
 
 _END_OF_STEP = b"step"
 _END_OF_JOB = b"job"
@@ -53,7 +52,7 @@ class Publisher:
 
         return told
 
-    def _step(self, batches: Iterator[MicroBatch | None]) -> Iterator[MicroBatch | None]:
+    def _step(self, batches: MicroBatches) -> Iterator[MicroBatch | None]:
         for batch in batches:
             if batch is not None:
                 self._tell_batch(batch)

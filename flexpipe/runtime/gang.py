@@ -22,6 +22,7 @@ from pathlib import Path
 from torch.distributed import Store
 
 from flexpipe.errors import RunError
+from flexpipe.model.config import Shard
 from flexpipe.runtime.board import Board, Deadline, connect, serve
 from flexpipe.runtime.network import Interface, Network, check_reachable, choose_interface
 from flexpipe.runtime.ranks import Ranks
@@ -55,6 +56,11 @@ class Gang:
     @property
     def here(self) -> Member:
         return self.members[self.ranks.rank]
+
+    @property
+    def shard(self) -> Shard:
+        """This rank's part of its stage."""
+        return Shard(index=self.ranks.shard, size=self.ranks.num_shards)
 
     def connect(self) -> Store:
         """A client of the store for a thread of its own."""

@@ -8,11 +8,10 @@ processes has a channel for that; here they are queues.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 
+from flexpipe.schedule.build import MicroBatches, Steps
 from flexpipe.schedule.step import MicroBatch
-
-Steps = Callable[[int], Iterable[MicroBatch | None] | None]
 
 
 class Relay:
@@ -30,7 +29,7 @@ class Relay:
         self._is_over = formed is None
         return None if formed is None else self._passed_on(formed)
 
-    def _passed_on(self, formed: Iterable[MicroBatch | None]) -> Iterator[MicroBatch | None]:
+    def _passed_on(self, formed: MicroBatches) -> Iterator[MicroBatch | None]:
         for batch in formed:
             if batch is not None:
                 self._tell(batch)

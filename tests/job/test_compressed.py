@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from flexpipe.errors import InputError, ModelError, PlanError
-from flexpipe.job.run import Probes
+from flexpipe.job.probes import Probes
 from flexpipe.memory.disk import DiskFile
 from flexpipe.plan.codec import Codec
 from flexpipe.plan.layout import Part
