@@ -46,7 +46,7 @@ NUM_HIDDEN_SLOTS = 3
 NUM_STAGES = 2  # host buffers on the way between disk and accelerator: one fills, one drains
 NUM_EMBED_SLOTS = 2
 NUM_ATTENTION_SLOTS = 2  # one micro-batch attends on the CPU, another one on the device
-NUM_PARTIAL_SLOTS = 2  # one is filled, one summed over the shards
+NUM_PARTIAL_SLOTS = 3  # of a micro-batch's two halves, and of another one's that computes meanwhile
 # What the process takes beside the pools; 0 to 75 MiB were seen. While loading: two buffers of 32
 # MiB and the bounce ring (16 MiB). Later BLAS's packing buffers and the holes that prompts of many
 # lengths leave in the allocator's heaps.

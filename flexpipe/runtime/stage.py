@@ -29,7 +29,6 @@ from flexpipe.model import segments
 from flexpipe.model.batch import Batch, RopeTable, RowSpan
 from flexpipe.model.cost import (
     attend_flops,
-    decoder_flops,
     head_flops,
     mlp_flops,
     num_attended,
@@ -39,12 +38,12 @@ from flexpipe.model.cost import (
 from flexpipe.model.matmul import CompressedWeight
 from flexpipe.model.sampling import choose
 from flexpipe.model.workspace import Workspace
-from flexpipe.plan.layer import LayerKind, LayerPlan
+from flexpipe.plan.layer import LayerKind, LayerPlan, Piece
 from flexpipe.plan.plan import Plan, PoolPlan
 from flexpipe.plan.tier import Tier
 from flexpipe.runtime.device import Device
 from flexpipe.runtime.transport import Transport
-from flexpipe.schedule.op import Kind, Lane, Op, Segment
+from flexpipe.schedule.op import Kind, Lane, Op, Segment, pieces_of
 from flexpipe.schedule.step import MicroBatch, Row
 
 _APART = (Segment.QKV, Segment.ATTEND, Segment.OUT, Segment.PROJECT)  # with attention on the CPU
@@ -649,30 +648,22 @@ class Stage:
             assert layer.vocab is not None
             share = (layer.vocab[1] - layer.vocab[0]) / len(config.vocab_rows)
             return int(head_flops(config, batch.num_sampled) * share)
-        mlp = mlp_flops(config, batch.num_new)
-        if op.segment in (Segment.AFTER_ATTENTION, Segment.AFTER_MLP):
-            return 0
-        if layer.kind == LayerKind.MLP or op.segment == Segment.MLP:
-            return mlp
-        window = config.window(self._decoder(op))
-        attended = sum(
-            num_attended(row.num_context, row.num_new, window)
-            for row in batch.rows
-            if not self.plan.row_attends_on_cpu(batch.index, row.place, row.num_new)
-        )
-        match op.segment:
-            case Segment.QKV:
-                return qkv_flops(config, batch.num_new)
-            case Segment.ATTEND:
-                return attend_flops(config, attended)
-            case Segment.PROJECT:
-                return out_flops(config, batch.num_new)
-            case Segment.OUT:
-                rest = 0 if layer.kind == LayerKind.ATTENTION else mlp
-                return out_flops(config, batch.num_new) + rest
-        whole = decoder_flops(config, batch.num_new, attended)
-        is_whole = layer.kind == LayerKind.DECODER and op.segment is None
-        return whole if is_whole else whole - mlp
+        pieces, flops = pieces_of(layer, op.segment), 0
+        if Piece.QKV in pieces:
+            flops += qkv_flops(config, batch.num_new)
+        if Piece.ATTEND in pieces:
+            window = config.window(self._decoder(op))
+            attended = sum(
+                num_attended(row.num_context, row.num_new, window)
+                for row in batch.rows
+                if not self.plan.row_attends_on_cpu(batch.index, row.place, row.num_new)
+            )
+            flops += attend_flops(config, attended)
+        if Piece.OUT in pieces:
+            flops += out_flops(config, batch.num_new)
+        if Piece.MLP in pieces:
+            flops += mlp_flops(config, batch.num_new)
+        return flops
 
     # lookups
 
