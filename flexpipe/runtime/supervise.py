@@ -179,14 +179,6 @@ class Watch:
         with contextlib.suppress(RuntimeError, RunError):
             self._settle(self._own(error).record(self._connect()))
 
-    def tell(self, error: BaseException) -> None:
-        """Record, from any thread, that this rank fails, before others notice. What only shows here
-        is left to those who know better."""
-        if isinstance(error, tuple(_PATIENCE_S)):
-            return
-        with contextlib.suppress(RuntimeError, RunError):
-            self._own(error).record(self._connect())
-
     def ended_by(self, error: BaseException) -> BaseException:
         """What to raise when this rank ends with `error`: the first failure of all ranks."""
         self._begin_to_end()
