@@ -132,6 +132,19 @@ OTHERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "opt",
         {**_OPT, "num_hidden_layers": 8, "word_embed_proj_dim": 32, "do_layer_norm_before": False},
     ),
+    # four shards have heads enough, and a vocabulary that they cannot share evenly
+    "llama-eight": (
+        "llama",
+        {
+            **_SMALL,
+            "vocab_size": VOCAB + 3,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
 }
 
 

@@ -21,8 +21,10 @@ from flexpipe.memory.dummy import find_shape
 from flexpipe.memory.paper import paper_forms, tensors_of
 from flexpipe.model.config import ModelConfig
 from flexpipe.model.families import read_config
+from flexpipe.plan.arrangement import Arrangement
 from flexpipe.plan.block import Need
 from flexpipe.plan.hardware import Emulation
+from flexpipe.plan.pipeline import Pipeline
 from flexpipe.plan.placement import Stored
 from flexpipe.plan.plan import Budgets, Plan, Planner, check_fits
 from flexpipe.plan.policy import Policy
@@ -30,6 +32,8 @@ from flexpipe.plan.policy_file import MadeFor
 from flexpipe.plan.rule import advice
 from flexpipe.plan.tier import Tier
 from flexpipe.policy.dtype import candidate_dtypes, compute_dtype
+from flexpipe.policy.pipeline import Model, Site, best_pipeline
+from flexpipe.policy.predict import Assignment
 from flexpipe.policy.profile import Profile, read_profile
 from flexpipe.policy.search import best_plan
 from flexpipe.policy.shares import Machine
@@ -143,8 +147,42 @@ class Outlook:
             self.budgets,
             device_tier=self.device_tier,
             compute_dtype=compute_dtype or self.compute_dtype,
-            compress=paper_forms(self.shape.config),
+            form_of=paper_forms(self.shape.config),
         )
+
+    @property
+    def stage_model(self) -> Model:
+        """The model, for whoever shares it among ranks."""
+        return Model(
+            num_layers=self.shape.config.num_layers,
+            needs=self.needs,
+            make_planner=self._stage_planner,
+        )
+
+    def _stage_planner(self, pipeline: Pipeline, rank: int, budgets: Budgets) -> Planner:
+        return Planner(
+            self.shape.config,
+            self.needs,
+            self.shape.stored,
+            budgets,
+            device_tier=self.device_tier,
+            compute_dtype=self.compute_dtype,
+            form_of=paper_forms(self.shape.config),
+            pipeline=pipeline,
+            rank=rank,
+        )
+
+    def sites(self, stage_given: Sequence[Mapping[str, Any]]) -> list[Site]:
+        """As many machines like this one, one for each stage."""
+        return [
+            Site(
+                budgets=_within(self.budgets, given),
+                device_tier=self.device_tier,
+                machine=self.machine,
+                given=given,
+            )
+            for given in stage_given
+        ]
 
     @property
     def machine(self) -> Machine:
@@ -158,6 +196,26 @@ class Outlook:
         if plan.shortfalls():
             check_fits(plan, advice(given, planner, self.device_tier, len(self.needs)))
         return plan
+
+    def choose_stages(
+        self, stage_given: Sequence[Mapping[str, Any]], arrangement: Arrangement
+    ) -> tuple[Plan, ...]:
+        """The plans of a pipeline's stages, each on a machine like this one; a PlanError where none
+        fits."""
+        if arrangement.num_stages == 1:
+            return (self.choose(stage_given[0]),)
+        plans = best_pipeline(self.stage_model, self.sites(stage_given), arrangement)
+        for plan in plans:
+            check_fits(plan, "Use more stages, or machines with more memory.")
+        return plans
+
+    def assignments(self, plans: Sequence[Plan]) -> list[Assignment]:
+        """Each stage's plan on a machine like this one."""
+        machine = self.machine
+        return [
+            Assignment(plan=plan, profile=machine.profile, emulation=machine.emulation)
+            for plan in plans
+        ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -256,6 +314,16 @@ def needs_of_file(path: Path, shape: Shape, params: SamplingParams) -> list[Need
     if len(needs) < len(judged):
         log.warning("%d lines of %s cannot be run and do not count", len(judged) - len(needs), path)
     return needs
+
+
+def _within(budgets: Budgets, given: Mapping[str, Any]) -> Budgets:
+    """The budgets, or less where a stage is given less."""
+    asked = {tier.value: given.get(f"{tier.value}_mem") for tier in Tier}
+    least = {
+        name: budgets.of(Tier(name)) if size is None else min(size, budgets.of(Tier(name)))
+        for name, size in asked.items()
+    }
+    return Budgets(**least, overhead=budgets.overhead)
 
 
 def _budgets(profile: Profile, given: Mapping[str, Any]) -> Budgets:

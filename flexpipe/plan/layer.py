@@ -45,7 +45,7 @@ class LayerPlan:
     """One layer of the stage: its parts, and how those that travel lie in a slot.
 
     `layer` is the decoder layer it belongs to. The head may come in slices of the vocabulary:
-    `vocab` is the range [start, stop) this one computes.
+    `vocab` is the range [start, stop) this one computes, counted from the shard's first row.
     """
 
     position: int
@@ -172,7 +172,7 @@ def _head_slices(
     specs = head_tensors(config)
     head = placement.tensors[specs[-1].name]
     first = [Part(placement.tensors[spec.name]) for spec in specs[:-1]]
-    vocab = config.vocab_size
+    vocab = len(config.vocab_rows)
     if head.home == device_tier:
         return [((0, vocab), [*first, Part(head)])]
     # what the vocabulary meets does not count: an embedding elsewhere is fetched row by row

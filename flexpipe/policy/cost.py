@@ -41,6 +41,7 @@ from flexpipe.schedule.step import MicroBatch, Row
 
 IN_FLIGHT = 8  # scattered reads and writes of one op at a time
 FETCHED_BYTES = 8 + 1  # of a sampled row: its token, and whether its logits were finite
+TOKEN_BYTES = 2 * 8  # the same in a message between ranks
 # numbers that go through a norm's worth of work, relative to one of the hidden's
 _ROPE, _APPEND, _GATE, _LOOKUP = 1.0, 0.4, 0.5, 0.3
 # how a layer's fixed cost falls on its segments
@@ -134,11 +135,15 @@ class CostModel:
             Kind.SAMPLE: self._sample,
             Kind.FETCH_TOKENS: self._fetch,
             Kind.COMMIT: self._commit,
+            Kind.SEND_HIDDEN: lambda op: self._send(self._hidden_bytes(op)),
+            Kind.RECEIVE_HIDDEN: lambda op: self._receive(self._hidden_bytes(op)),
+            Kind.SEND_TOKENS: lambda op: self._send(self._tokens_bytes(op)),
+            Kind.RECEIVE_TOKENS: lambda op: self._receive(self._tokens_bytes(op)),
             Kind.BARRIER: lambda op: Cost(0.0),
         }
 
     def __call__(self, op: Op) -> Cost:
-        if op.batch is not None:
+        if op.batch is not None or op.batches:
             return self._price[op.kind](op)
         key = op.kind, op.layer
         cost = self._costs.get(key)
@@ -284,6 +289,25 @@ class CostModel:
     def _move_output(self, op: Op) -> Cost:
         width = self._config.num_heads * self._config.head_dim * self.plan.compute_bytes
         return self._move("h2d", self._shape(op).num_on_cpu * width)
+
+    # messages
+
+    def _send(self, num_bytes: int) -> Cost:
+        """A message counts on the link of the rank that sends it."""
+        return Cost(self._message_s(num_bytes), "copy", 1.0, "comm", num_bytes)
+
+    def _receive(self, num_bytes: int) -> Cost:
+        return Cost(self._message_s(num_bytes), "copy")
+
+    def _message_s(self, num_bytes: int) -> float:
+        curve = self.profile.links.get("comm")
+        if curve is None:
+            raise self._lacking("link", "comm")
+        return self.profile.overhead("move") + curve.seconds(num_bytes)
+
+    def _tokens_bytes(self, op: Op) -> int:
+        """Those of a step come in one message, which is there without any too."""
+        return max(1, sum(self.shape(batch).num_sampled for batch in op.batches)) * TOKEN_BYTES
 
     # computing
 

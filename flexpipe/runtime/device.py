@@ -79,6 +79,14 @@ def open_device(name: str, emulation: Emulation | None) -> Device:
     return _open_accelerator(name, stop)
 
 
+def device_of_rank(name: str, local_rank: int) -> str:
+    """The device that a rank of this host takes: accelerators in turns, where none is named."""
+    kind = (_accelerator() or "cpu") if name == "auto" else name
+    if kind in ("cpu", "emulated") or ":" in kind:
+        return kind
+    return f"{kind}:{local_rank % max(1, torch.accelerator.device_count())}"
+
+
 def _on_cpu(name: str, tier: Tier, stop: threading.Event, rates: Emulation | None) -> Device:
     return Device(
         name=name,

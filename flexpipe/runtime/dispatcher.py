@@ -28,7 +28,7 @@ from flexpipe.memory.disk import Stopped
 from flexpipe.runtime.device import Device
 from flexpipe.runtime.lane import StreamLane, ThreadLane
 from flexpipe.runtime.record import Recorder
-from flexpipe.schedule.op import MESSAGE_LANES, Kind, Lane, Op
+from flexpipe.schedule.op import PEER_LANES, Kind, Lane, Op
 
 RUN_AHEAD = 512  # ops submitted and not done; bounds memory, far above what hides latency
 _KEPT_EVENTS = 4 * RUN_AHEAD
@@ -37,7 +37,7 @@ _JOIN_TIMEOUT_S = 30.0
 STREAMS = (Lane.COMPUTE, Lane.LOAD_WEIGHT, Lane.LOAD_CACHE, Lane.STORE_CACHE)
 ALL_CORES = (Lane.COMPUTE, Lane.ATTEND_CPU)
 HOST_LANES = (Lane.READ_WEIGHT, Lane.READ_CACHE, Lane.DISK_WRITE, Lane.HOST)
-EVERYWHERE = (*HOST_LANES, *MESSAGE_LANES, Lane.COMPUTE)
+EVERYWHERE = (*HOST_LANES, *PEER_LANES, Lane.COMPUTE)
 
 log = logging.getLogger("flexpipe")
 
@@ -60,7 +60,7 @@ class Dispatcher:
         *,
         describe: Callable[[Op], str] = str,
         num_threads: int = 1,
-        message_lanes: Collection[Lane] = (),
+        peer_lanes: Collection[Lane] = (),
         end_messages: Callable[[], None] = lambda: None,
         on_failure: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
@@ -82,7 +82,7 @@ class Dispatcher:
         self._streams: dict[Lane, StreamLane] = {}
         self._threads: dict[Lane, ThreadLane] = {}
         for lane in Lane:
-            if lane in MESSAGE_LANES and lane not in message_lanes:
+            if lane in PEER_LANES and lane not in peer_lanes:
                 continue
             if device.has_streams and lane in STREAMS:
                 self._streams[lane] = StreamLane(lane, device.torch_device, perform, recorder)
@@ -186,7 +186,7 @@ class Dispatcher:
                     before.dependents.append(op.id)
                     entry.num_unmet += 1
             self._pending[op.id] = entry
-            self._num_messages += op.lane in MESSAGE_LANES
+            self._num_messages += op.lane in PEER_LANES
             if not entry.num_unmet:
                 self._enter(op)
         self._issue_all()
@@ -231,7 +231,7 @@ class Dispatcher:
     def _met(self, op: Op) -> None:
         if op.kind == Kind.COMMIT:
             self._num_news += 1
-        self._num_messages -= op.lane in MESSAGE_LANES
+        self._num_messages -= op.lane in PEER_LANES
         for dependent in self._pending.pop(op.id).dependents:
             entry = self._pending[dependent]
             entry.num_unmet -= 1

@@ -13,7 +13,7 @@ from flexpipe.runtime.dispatcher import Dispatcher
 from flexpipe.runtime.record import Recorder
 from flexpipe.runtime.stage import Stage
 from flexpipe.schedule.build import Steps, schedule
-from flexpipe.schedule.op import MESSAGE_LANES, Op
+from flexpipe.schedule.op import MESSAGE_LANES, Lane, Op
 
 ChangeOps = Callable[[Iterable[Op | None]], Iterable[Op | None]]
 
@@ -45,12 +45,17 @@ def execute(
             recorder,
             describe=stage.describe,
             num_threads=num_threads,
-            message_lanes=MESSAGE_LANES if plan.pipeline.is_cut else (),
+            peer_lanes=_peer_lanes(plan),
             end_messages=stage.abort,
             on_failure=on_failure,
         )
         on_start(dispatcher)
         return dispatcher.run(iter(ops))
+
+
+def _peer_lanes(plan: Plan) -> tuple[Lane, ...]:
+    messages = MESSAGE_LANES if plan.pipeline.is_cut else ()
+    return (*messages, Lane.REDUCE) if plan.config.is_split else messages
 
 
 @contextmanager

@@ -38,16 +38,24 @@ class Kind(StrEnum):
     SEND_HIDDEN = "send_hidden"
     RECEIVE_TOKENS = "receive_tokens"  # of a whole step, from the last stage to the first
     SEND_TOKENS = "send_tokens"
+    ALL_REDUCE = "all_reduce"  # what the shards of a stage have each computed a part of
     COMMIT = "commit"
     BARRIER = "barrier"
 
 
 class Segment(StrEnum):
-    """The piece of a layer that a COMPUTE runs where attention on the CPU parts it."""
+    """The piece of a layer that a COMPUTE runs where attention on the CPU or a sum over the shards
+    of a stage parts it."""
 
     QKV = "qkv"
     ATTEND = "attend"  # of the rows that attend on the device
     OUT = "out"  # and what follows it in the layer
+    # of a shard, which leaves its part of a sum
+    ATTENTION = "attention"
+    PROJECT = "project"  # only what is left of attention where some rows attend on the CPU
+    AFTER_ATTENTION = "after_attention"  # of the sum
+    MLP = "mlp"
+    AFTER_MLP = "after_mlp"
 
 
 class Lane(StrEnum):
@@ -63,10 +71,12 @@ class Lane(StrEnum):
     DISK_WRITE = "disk_write"
     SEND = "send"
     RECEIVE = "receive"
+    REDUCE = "reduce"
     HOST = "host"
 
 
 MESSAGE_LANES = (Lane.SEND, Lane.RECEIVE)  # of stages that have neighbours
+PEER_LANES = (*MESSAGE_LANES, Lane.REDUCE)  # whose ops take place on several ranks at once
 
 LANE_OF: dict[Kind, Lane] = {
     Kind.READ_WEIGHT: Lane.READ_WEIGHT,
@@ -91,6 +101,7 @@ LANE_OF: dict[Kind, Lane] = {
     Kind.SEND_HIDDEN: Lane.SEND,
     Kind.RECEIVE_TOKENS: Lane.RECEIVE,
     Kind.SEND_TOKENS: Lane.SEND,
+    Kind.ALL_REDUCE: Lane.REDUCE,
     Kind.COMMIT: Lane.HOST,
     Kind.BARRIER: Lane.HOST,
 }
@@ -109,6 +120,7 @@ class Pool(StrEnum):
     KV_WRITE_STAGE = "kv_write_stage"
     ATTENTION_SLOT = "attention_slot"  # a micro-batch's queries between a layer's segments
     QUERY_STAGE = "query_stage"  # those of rows that attend on the CPU, there
+    PARTIAL_SLOT = "partial_slot"  # a shard's part of what is added to a micro-batch's hidden
     HIDDEN = "hidden"  # home of a micro-batch's hidden
     HIDDEN_SLOT = "hidden_slot"
     HIDDEN_READ_STAGE = "hidden_read_stage"
@@ -118,7 +130,7 @@ class Pool(StrEnum):
     TOKENS = "tokens"
     HOST_TOKENS = "host_tokens"
     ROWS = "rows"
-    ORDER = "order"  # of messages on a lane: each one "writes" what the next one does
+    ORDER = "order"  # of ops that meet others' on a lane: each one "writes" what the next one does
 
 
 Resource = tuple[Pool, int | str, int, int]
@@ -155,6 +167,7 @@ class Op:
     attention_slot: int | None = None
     segment: Segment | None = None  # None: the whole layer
     batches: tuple[MicroBatch, ...] = ()  # of a message that is about several
+    partial_slot: int | None = None
 
     @property
     def lane(self) -> Lane:

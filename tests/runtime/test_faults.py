@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from flexpipe.errors import PlanError, RunError
-from flexpipe.job.run import Probes
+from flexpipe.job.probes import Probes
 from flexpipe.plan.policy import percent_shares
 from flexpipe.schedule.op import Kind, Op
 from tests.hf import CheckpointFactory, ragged_prompts

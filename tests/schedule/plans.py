@@ -25,7 +25,7 @@ from flexpipe.plan.plan import Budgets, Plan, Planner
 from flexpipe.plan.policy import COMPRESSIONS, STRATEGIES, Policy, Shares
 from flexpipe.plan.tier import Tier
 from flexpipe.schedule.build import schedule
-from flexpipe.schedule.op import LANE_OF, MESSAGE_LANES, Kind, Op
+from flexpipe.schedule.op import LANE_OF, PEER_LANES, Kind, Op
 from flexpipe.schedule.step import MicroBatch, Row
 
 # every kind of dependency that an `event` schedule can have, by the tier beside the device
@@ -76,7 +76,7 @@ _STAGED = frozenset(
 EDGE_KINDS = {Tier.CPU: _EVERYWHERE, Tier.GPU: _EVERYWHERE | _STAGED}
 
 # what a stage without neighbours does
-OF_ONE_STAGE = tuple(kind for kind in Kind if LANE_OF[kind] not in MESSAGE_LANES)
+OF_ONE_STAGE = tuple(kind for kind in Kind if LANE_OF[kind] not in PEER_LANES)
 
 ROOMY = Budgets(gpu=2**50, cpu=2**50, disk=2**50)
 
@@ -113,6 +113,7 @@ class FakeTensor:
     offset: int
     num_bytes: int
     path: object = "model.safetensors"
+    stride: int | None = None
 
 
 def stored_tensors(config: ModelConfig, dtype: str | None = None) -> dict[str, FakeTensor]:
@@ -127,15 +128,18 @@ def stored_tensors(config: ModelConfig, dtype: str | None = None) -> dict[str, F
 
 @dataclass(frozen=True)
 class FakeForm(FakeTensor):
-    """The compressed form of a tensor that is not there either."""
+    """Another form of a tensor that is not there either."""
 
     new_bytes: int = 0
 
     @classmethod
-    def of(cls, config: ModelConfig, name: str, codec: Codec) -> FakeForm:
-        shapes = {spec.name: spec.shape for spec in model_tensors(config)}
-        num_bytes = shapes[name][0] * codec.row_bytes(shapes[name][1])
-        return cls("uint8", 4096, num_bytes, f"{name}.{codec.bits}", num_bytes)
+    def of(cls, config: ModelConfig, name: str, codec: Codec | None) -> FakeForm:
+        num_rows, size = {spec.name: spec.shape for spec in model_tensors(config)}[name]
+        if codec is None:
+            num_bytes = num_rows * size * DTYPE_BYTES[config.dtype]
+            return cls(config.dtype, 4096, num_bytes, f"{name}.whole", new_bytes=num_bytes)
+        num_bytes = num_rows * codec.row_bytes(size)
+        return cls("uint8", 4096, num_bytes, f"{name}.{codec.bits}", new_bytes=num_bytes)
 
 
 NEEDS = (Need(70, 6), Need(30, 6), Need(12, 6), Need(9, 6), Need(5, 6), Need(3, 6), Need(1, 6))
@@ -163,7 +167,7 @@ def tiny_plan(
         budgets,
         device_tier=tier,
         compute_dtype="float32",
-        compress=partial(FakeForm.of, config),
+        form_of=partial(FakeForm.of, config),
         pipeline=pipeline,
         rank=rank,
     )
