@@ -175,7 +175,12 @@ class Crew(Closing):
             stopped = Stopped("another rank failed")
             self.gang.watch.on_failure(lambda: dispatcher.abort(stopped))
 
-        return replace(events, loaded=lambda: self.gang.board.meet("loaded"), started=started)
+        return replace(
+            events,
+            loaded=lambda: self.gang.board.meet("loaded"),
+            started=started,
+            failed=self.gang.watch.tell,
+        )
 
 
 def _brought(site: Site) -> dict[str, Any]:

@@ -62,11 +62,14 @@ class Dispatcher:
         num_threads: int = 1,
         peer_lanes: Collection[Lane] = (),
         end_messages: Callable[[], None] = lambda: None,
+        on_failure: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
-        """`end_messages` is called when a run fails, to free the lanes that wait for a peer."""
+        """`end_messages` is called when a run fails, to free the lanes that wait for a peer.
+        `on_failure` is told the first failure before that, since peers notice."""
         self._device = device
         self._describe = describe
         self._end_messages = end_messages
+        self._on_failure = on_failure
         self._recorder = recorder
         self._changed = threading.Condition()
         self._pending: dict[int, _Pending] = {}
@@ -75,7 +78,7 @@ class Dispatcher:
         self._num_news = 0
         self._num_messages = 0
         self._waiting = False
-        self._failure: tuple[Op | None, BaseException] | None = None
+        self._failure: BaseException | None = None
         self._streams: dict[Lane, StreamLane] = {}
         self._threads: dict[Lane, ThreadLane] = {}
         for lane in Lane:
@@ -109,7 +112,7 @@ class Dispatcher:
             self._device.stop.set()
             self._end()
         if self._failure is not None:
-            raise _told(*self._failure, self._describe)
+            raise self._failure
         return time.perf_counter() - start
 
     def wake(self) -> None:
@@ -120,7 +123,10 @@ class Dispatcher:
 
     def abort(self, error: BaseException) -> None:
         """End the run with `error`, unless it has failed already."""
-        self._failed(None, error)
+        with self._changed:
+            self._failure = self._failure or error
+            self._stop()
+        self._end_messages()
 
     @property
     def stuck(self) -> list[Lane]:
@@ -232,21 +238,24 @@ class Dispatcher:
             if not entry.num_unmet:
                 self._enter(entry.op)
 
-    def _failed(self, op: Op | None, error: BaseException) -> None:
+    def _failed(self, op: Op, error: BaseException) -> None:
+        told = _told(op, error, self._describe)
         with self._changed:
-            self._fail(op, error)
-            self._changed.notify()
+            ended = isinstance(error, Stopped) and self._device.stop.is_set()  # as all waits do
+            is_first = self._failure is None and not ended
+            if is_first:
+                self._failure = told
+            self._stop()
+        if is_first:
+            self._on_failure(told)
         self._end_messages()
 
-    def _fail(self, op: Op | None, error: BaseException) -> None:
-        """Remember the first failure and stop every wait of the run."""
-        if self._failure is None and not (
-            isinstance(error, Stopped) and self._device.stop.is_set()
-        ):
-            self._failure = (op, error)
+    def _stop(self) -> None:
+        """Called with the lock: stop every wait of the run."""
         self._device.stop.set()
         for thread in self._threads.values():
             thread.quit()
+        self._changed.notify()
 
     def _end(self) -> None:
         """Return when nothing of the run is at work any more: no thread, no stream."""
@@ -266,9 +275,7 @@ class Dispatcher:
                 self._failed(stream.oldest, error)
 
 
-def _told(op: Op | None, error: BaseException, describe: Callable[[Op], str]) -> BaseException:
-    if op is None:
-        return error
+def _told(op: Op, error: BaseException, describe: Callable[[Op], str]) -> FlexpipeError:
     reason = str(error) or type(error).__name__
     if not isinstance(error, FlexpipeError):
         reason = f"{type(error).__name__}: {reason}"

@@ -27,11 +27,13 @@ def execute(
     *,
     change_ops: ChangeOps | None = None,
     on_start: Callable[[Dispatcher], None] = lambda dispatcher: None,
+    on_failure: Callable[[BaseException], None] = lambda error: None,
 ) -> float:
     """Run a job's steps to the end; returns seconds.
 
     `on_start` is given the dispatcher, to wake when `steps` has news that no COMMIT brings, or to
-    tell that the run must end. `change_ops` lets tests alter the ops.
+    tell that the run must end. `on_failure` hears of an op's failure before other stages notice.
+    `change_ops` lets tests alter the ops.
     """
     ops: Iterable[Op | None] = schedule(plan, steps)
     if change_ops is not None:
@@ -45,6 +47,7 @@ def execute(
             num_threads=num_threads,
             peer_lanes=_peer_lanes(plan),
             end_messages=stage.abort,
+            on_failure=on_failure,
         )
         on_start(dispatcher)
         return dispatcher.run(iter(ops))

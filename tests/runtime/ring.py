@@ -305,7 +305,16 @@ class _Run:
                     if rank:
                         self._told[rank - 1].wake = dispatcher.wake
 
-            execute(plan, device, stage, steps, Recorder(keep_spans=False), on_start=start)
+            recorder = Recorder(keep_spans=False)
+            execute(
+                plan,
+                device,
+                stage,
+                steps,
+                recorder,
+                on_start=start,
+                on_failure=self._failures.append,
+            )
 
     @property
     def _emulation(self) -> Any:

@@ -25,7 +25,7 @@ from flexpipe.plan.plan import Budgets, Plan, Planner
 from flexpipe.plan.policy import COMPRESSIONS, STRATEGIES, Policy, Shares
 from flexpipe.plan.tier import Tier
 from flexpipe.schedule.build import schedule
-from flexpipe.schedule.op import Op
+from flexpipe.schedule.op import LANE_OF, PEER_LANES, Kind, Op
 from flexpipe.schedule.step import MicroBatch, Row
 
 # every kind of dependency that an `event` schedule can have, by the tier beside the device
@@ -74,6 +74,9 @@ _STAGED = frozenset(
     }
 )
 EDGE_KINDS = {Tier.CPU: _EVERYWHERE, Tier.GPU: _EVERYWHERE | _STAGED}
+
+# what a stage without neighbours does
+OF_ONE_STAGE = tuple(kind for kind in Kind if LANE_OF[kind] not in PEER_LANES)
 
 ROOMY = Budgets(gpu=2**50, cpu=2**50, disk=2**50)
 
