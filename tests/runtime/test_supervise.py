@@ -152,6 +152,14 @@ def test_a_frozen_rank_ends_all_within_the_limit_and_is_killed(tmp_path: Path, v
         assert "stage 0, which serves the store of all ranks, did not answer" in told.last_line
 
 
+def test_a_killed_rank_is_missed_at_once_also_where_nobody_waits_for_it(tmp_path: Path) -> None:
+    ended, seconds = hit(tmp_path, 1, signal.SIGKILL)
+    assert seconds < NETWORK.heartbeat_limit_s and ended[0].code == 5
+    assert ended[0].last_line == (
+        "flexpipe: error: stage 1 (rank 1, layers 4-7) ended without a word, as if killed"
+    )
+
+
 @pytest.mark.slow
 def test_the_death_of_who_serves_the_store_ends_all(tmp_path: Path) -> None:
     ended, seconds = hit(tmp_path, 0, signal.SIGKILL)
