@@ -8,11 +8,10 @@ processes has a channel for that; here they are queues.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
+from flexpipe.schedule.build import Steps
 from flexpipe.schedule.step import MicroBatch
-
-Steps = Callable[[int], Iterable[MicroBatch | None] | None]
 
 
 class Relay:
