@@ -1,10 +1,10 @@
 """How steps pass the stages of a pipeline, each a box that takes its time.
 
 A block's step visits the stages in order; a stage takes its visits in order, one after the other;
-a block's next step begins when its tokens are back, or, where a strategy drains, when those of the
-whole round are. A stage begins with a block's first micro-batch while the one before still works
-at the last: layers are passed by all micro-batches of the block, so hidden comes out of the last
-one only. This is exact for stages that do nothing else; what they do beside is in their times.
+a block's next step begins when its tokens are back and committed, or, where a strategy drains,
+when those of the whole round are. A stage begins with a block's first micro-batch while the one
+before still works at the last: layers are passed by all micro-batches of the block, so hidden comes
+out of the last one only.
 """
 
 from __future__ import annotations
@@ -44,11 +44,13 @@ def flow(
     steps: Sequence[StepShape],
     seconds: FloatArray,
     message_s: FloatArray,
+    return_s: FloatArray,
     *,
     drains: bool,
 ) -> Flow:
     """`seconds[rank, step]` is what the rank alone takes for a step, all its chunks together;
-    `message_s[step]` what the hidden of one of its micro-batches takes to the next rank."""
+    `message_s[step]` what the hidden of one of its micro-batches takes to the next rank,
+    `return_s[step]` what its tokens take from the last rank to the step that follows."""
     begins_s, ends_s = np.zeros(len(steps)), np.zeros(len(steps))
     free_s = [0.0] * pipeline.num_stages
     back_s = [0.0] * pipeline.num_blocks
@@ -66,11 +68,11 @@ def flow(
                     free_s[rank] = max(begin_s + took_s, tails_s[at] + lead_s)
                     if chunk == rank == 0:
                         begins_s[index] = begin_s
-                    hop_s = float(message_s[index]) if pipeline.is_cut else 0.0
-                    heads_s[at] = begin_s + lead_s + hop_s
-                    tails_s[at] = free_s[rank] + hop_s
+                    heads_s[at] = begin_s + lead_s + float(message_s[index])
+                    tails_s[at] = free_s[rank] + float(message_s[index])
         for at, index in enumerate(round):
-            ends_s[index] = back_s[steps[index].block] = tails_s[at]
+            ends_s[index] = tails_s[at] - message_s[index]  # the last one sends no hidden
+            back_s[steps[index].block] = ends_s[index] = ends_s[index] + return_s[index]
     return Flow(begins_s, ends_s)
 
 

@@ -31,6 +31,7 @@ from flexpipe.schedule.op import Lane, Op
 from flexpipe.schedule.places import Places, phases
 from flexpipe.schedule.relay import Relay
 from flexpipe.schedule.simulate import (
+    COMPUTING,
     OnCommit,
     RankOps,
     Simulated,
@@ -381,6 +382,7 @@ def _extrapolated(
         shapes,
         seconds,
         stages.message_s[kind_of],
+        stages.return_s[kind_of],
         drains=plan.policy.strategy != "event",
     )
     took_s = went.took_s if len(costs) > 1 else seconds[0]
@@ -388,13 +390,13 @@ def _extrapolated(
     prefills = np.array([any(not p.decodes.all() for p in s.values()) for s in rehearsal.steps])
     prefill_s = float((took_s * weights)[prefills].sum())
     decode_s = float((took_s * weights)[~prefills].sum())
-    often = np.bincount(kind_of, weights)
+    often = np.bincount(kind_of, weights).astype(np.float64)
     totals = [one.total(often) for one in stages.of_ranks]
     return _prediction(
         costs,
         needs,
         totals,
-        [1 - _active_s(total) / (prefill_s + decode_s) for total in totals],
+        [1 - float(one.active_s @ often) / (prefill_s + decode_s) for one in stages.of_ranks],
         prefill_s=prefill_s,
         decode_s=decode_s,
         latency_s=float(np.mean(stays_s)),
@@ -409,17 +411,14 @@ def _block_of(plan: Plan, step: Mapping[int, object]) -> int:
     return next(index for index, block in enumerate(plan.blocks) if first in block)
 
 
-def _active_s(work: Work) -> float:
-    """Seconds in which something is computed, if what can overlap does."""
-    return max(work.seconds[lane.value] for lane in (Lane.COMPUTE, Lane.ATTEND_CPU))
-
-
 @dataclass(frozen=True, slots=True)
 class _StageTimes:
-    """What a stage has to do in each kind of step, and how long that takes it alone."""
+    """What a stage has to do in each kind of step, how long that takes it alone, and in how much of
+    that time it computes."""
 
     works: Sequence[Work]
     seconds: FloatArray
+    active_s: FloatArray
 
     def total(self, often: FloatArray) -> Work:
         """All its work, where kinds come so often."""
@@ -444,6 +443,7 @@ class _Stages:
         effort: Effort,
     ) -> None:
         self.num_simulated = 0
+        self._hop_s = costs[0].profile.overhead("hop")
         self._scripts = [batches_of(step) for step in typical]
         first_like = [next(other for other in costs if _alike(one, other)) for one in costs]
         different = {id(one): one for one in first_like}
@@ -464,13 +464,25 @@ class _Stages:
         self.num_simulated += sum(one.num_ops for one in steady)
         ratios = np.array([one.seconds for one in steady]) / bounds[self._samples]
         ratios = np.maximum(ratios, 1.0)  # layers played may stream less than those they stand for
-        return _StageTimes(works, bounds * ratios[self._nearest])
+        alone_s = [max(work.seconds[lane.value] for lane in COMPUTING) for work in works]
+        stretch = np.array([one.stretch for one in steady])
+        active_s = np.array(alone_s) * stretch[self._nearest]
+        return _StageTimes(works, bounds * ratios[self._nearest], active_s)
 
     @property
     def message_s(self) -> FloatArray:
-        """What one micro-batch's hidden takes from the first stage to the next, by kind."""
+        """What one micro-batch's hidden takes from the first stage to the next, by kind: onto the
+        sender's lane, over, and onto the receiver's next one."""
         sent = [work.seconds[Lane.SEND.value] for work in self.of_ranks[0].works]
-        return np.array(sent) / [len(script) for script in self._scripts]
+        return np.array(sent) / [len(script) for script in self._scripts] + 2 * self._hop_s
+
+    @property
+    def return_s(self) -> FloatArray:
+        """What a step's tokens take from the last stage to the step that follows, by kind: the same
+        way, then COMMIT after COMMIT."""
+        first = [work.seconds for work in self.of_ranks[0].works]
+        back = [one[Lane.RECEIVE.value] + one[Lane.HOST.value] for one in first]
+        return np.array(back) + 3 * self._hop_s
 
 
 def _alike(one: CostModel, other: CostModel) -> bool:

@@ -19,7 +19,7 @@ from flexpipe.plan.plan import Plan
 from flexpipe.policy.cost import CostModel
 from flexpipe.schedule.build import schedule
 from flexpipe.schedule.op import Kind
-from flexpipe.schedule.simulate import simulate
+from flexpipe.schedule.simulate import COMPUTING, simulate
 from flexpipe.schedule.step import MicroBatch
 
 _ROUNDS = 2  # the first fills the lanes, the second tells what one more takes
@@ -35,9 +35,11 @@ _ENDS = {
 
 
 class Steady(NamedTuple):
-    """What a step adds, and the ops that were played to know."""
+    """What a step adds; how much longer its layers compute beside what else goes on than alone;
+    and the ops that were played to know."""
 
     seconds: float
+    stretch: float
     num_ops: int
 
 
@@ -77,7 +79,7 @@ def steady_step(costs: CostModel, thin: Thinned, step: Mapping[int, MicroBatch])
         return more
     factor = (len(decoders_in(costs.plan.layers)) - num_more) / (num_more - num_few)
     seconds = more.seconds + factor * (more.seconds - few.seconds)
-    return Steady(seconds, few.num_ops + more.num_ops)
+    return Steady(seconds, more.stretch, few.num_ops + more.num_ops)
 
 
 def decoders_in(layers: Iterable[LayerPlan]) -> list[int]:
@@ -102,7 +104,8 @@ def _again(costs: CostModel, plan: Plan, step: Mapping[int, MicroBatch]) -> Stea
             played = span.op.step // script.num_blocks
             ends_s[played] = max(ends_s[played], span.end_s)
     seconds = (ends_s[1] - ends_s[0]) / script.num_blocks
-    return Steady(seconds, sum(made.num_ops.values()))
+    alone_s = max(made.work_s[lane] for lane in COMPUTING)
+    return Steady(seconds, made.active_s / alone_s, sum(made.num_ops.values()))
 
 
 class _Script:
