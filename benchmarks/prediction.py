@@ -40,8 +40,7 @@ from flexpipe.job.run import run_job
 from flexpipe.job.spec import JobSpec
 from flexpipe.memory.offload import OffloadDirectory
 from flexpipe.policy.predict import Prediction, predict
-from flexpipe.policy.profile import Profile, read_profile, render_profile
-from flexpipe.profiling.cache import PROFILE_VARIABLE
+from flexpipe.policy.profile import PROFILE_VARIABLE, Profile, read_profile, render_profile
 from flexpipe.profiling.machine import measure_profile
 
 PROFILE, PREDICTIONS = "profile.yaml", "predictions.json"

@@ -31,6 +31,7 @@ from scipy.stats import spearmanr
 from benchmarks.searched_workloads import NAIVE, SEARCHED, WORKLOADS, Searched
 from benchmarks.trial import machine, markdown
 from flexpipe.job.spec import JobSpec
+from flexpipe.policy.profile import PROFILE_VARIABLE
 from flexpipe.sweep.child import Ended, run_flexpipe
 from flexpipe.sweep.forecast import forecaster
 from flexpipe.sweep.ledger import Ledger
@@ -42,7 +43,6 @@ ROUNDS = 3
 FINALISTS = 5
 TURN_S = 240.0  # that others wait for the lock
 AIM = 0.93  # of the best policy's throughput
-PROFILE_VARIABLE = "FLEXPIPE_PROFILE"
 
 
 @dataclass(frozen=True, kw_only=True)

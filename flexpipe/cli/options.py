@@ -31,6 +31,7 @@ from flexpipe.plan.policy import (
 )
 from flexpipe.plan.policy_file import PolicyFile
 from flexpipe.preset import policy_file
+from flexpipe.runtime.network import Network
 from flexpipe.units import parse_bytes
 
 Command = Callable[..., None]
@@ -178,6 +179,44 @@ def given_knobs(
     if percent is not None:
         given |= percent_shares(percent)
     return given | {field: value for field, value in knobs.items() if value is not None}
+
+
+_SECONDS = click.FloatRange(min=0, min_open=True)
+_NETWORK_DEFAULTS = {name: item.default for name, item in Network.__dataclass_fields__.items()}
+_NETWORK_OPTIONS = (
+    click.option(
+        "--interface",
+        metavar="NAME",
+        help="Network interface between hosts, like eth0 (default: the one on the way to rank 0).",
+    ),
+    click.option(
+        "--join-timeout",
+        "join_limit_s",
+        type=_SECONDS,
+        default=_NETWORK_DEFAULTS["join_limit_s"],
+        show_default=True,
+        help="Seconds to wait for all ranks at the start.",
+    ),
+    click.option(
+        "--heartbeat-timeout",
+        "heartbeat_limit_s",
+        type=_SECONDS,
+        default=_NETWORK_DEFAULTS["heartbeat_limit_s"],
+        show_default=True,
+        help="Seconds without a sign of life after which a rank counts as frozen.",
+    ),
+)
+
+
+def network_options(command: Command) -> Command:
+    """Add how ranks find each other: a `Network`, as `network`."""
+
+    @functools.wraps(command)
+    def with_network(**options: Any) -> None:
+        asked = {item.name: options.pop(item.name) for item in fields(Network)}
+        command(network=Network(**asked), **options)
+
+    return _decorated(with_network, _NETWORK_OPTIONS)
 
 
 _MODEL_OPTIONS = (

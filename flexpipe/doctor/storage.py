@@ -13,11 +13,9 @@ from flexpipe.errors import FlexpipeError
 from flexpipe.memory.disk import writes_directly
 from flexpipe.plan.hardware import ROOT, free_disk
 from flexpipe.plan.mount import mount_of
-from flexpipe.policy.profile import read_profile
+from flexpipe.policy.profile import PROFILE_VARIABLE, PROFILES, read_profile
 from flexpipe.units import GIB, format_bytes
 
-PROFILES = Path("~/.cache/flexpipe/profiles")
-PROFILE_VARIABLE = "FLEXPIPE_PROFILE"
 _RESERVED = GIB  # what plans leave free on a disk
 _LITTLE = 10 * GIB
 _OLD_DAYS = 90

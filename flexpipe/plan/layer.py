@@ -40,12 +40,29 @@ class LayerKind(StrEnum):
     SEND = "send"  # hidden to the stage after
 
 
+class Piece(StrEnum):
+    """What of a decoder layer may be computed by itself."""
+
+    QKV = "qkv"
+    ATTEND = "attend"
+    OUT = "out"
+    MLP = "mlp"
+
+
+_ATTENTION = frozenset({Piece.QKV, Piece.ATTEND, Piece.OUT})
+_PIECES = {
+    LayerKind.DECODER: frozenset(Piece),
+    LayerKind.ATTENTION: _ATTENTION,
+    LayerKind.MLP: frozenset({Piece.MLP}),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerPlan:
     """One layer of the stage: its parts, and how those that travel lie in a slot.
 
     `layer` is the decoder layer it belongs to. The head may come in slices of the vocabulary:
-    `vocab` is the range [start, stop) this one computes.
+    `vocab` is the range [start, stop) this one computes, counted from the shard's first row.
     """
 
     position: int
@@ -67,6 +84,11 @@ class LayerPlan:
     @property
     def has_kv_cache(self) -> bool:
         return self.kind in (LayerKind.DECODER, LayerKind.ATTENTION)
+
+    @property
+    def pieces(self) -> frozenset[Piece]:
+        """Those of a decoder layer that are its."""
+        return _PIECES.get(self.kind, frozenset())
 
     @property
     def reads_disk(self) -> bool:
@@ -172,7 +194,7 @@ def _head_slices(
     specs = head_tensors(config)
     head = placement.tensors[specs[-1].name]
     first = [Part(placement.tensors[spec.name]) for spec in specs[:-1]]
-    vocab = config.vocab_size
+    vocab = len(config.vocab_rows)
     if head.home == device_tier:
         return [((0, vocab), [*first, Part(head)])]
     # what the vocabulary meets does not count: an embedding elsewhere is fetched row by row

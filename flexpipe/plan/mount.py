@@ -48,6 +48,12 @@ def mount_of(path: Path, root: Path = ROOT) -> Mount | None:
     return found
 
 
+def mount_point(path: Path) -> str:
+    """Where the file system of `path`, or of what it would be made in, is mounted."""
+    mount = mount_of(path.expanduser())
+    return str(ROOT if mount is None else mount.point)
+
+
 def _lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()

@@ -44,16 +44,19 @@ class Stored(Protocol):
     def offset(self) -> int: ...
     @property
     def num_bytes(self) -> int: ...
+    @property
+    def stride(self) -> int | None: ...  # from row to row, where they are parts of longer ones
 
 
-class Compressed(Stored, Protocol):
-    """The same of a tensor's compressed form, which may have to be made first."""
+class Form(Stored, Protocol):
+    """The same of a tensor's other form, which may have to be made first."""
 
     @property
     def new_bytes(self) -> int: ...  # that making it writes; 0 where it is there already
 
 
-Compress = Callable[[str, Codec], Compressed]
+# where a tensor lies compressed, or without a codec just row behind row
+FormOf = Callable[[str, Codec | None], Form]
 
 
 @dataclass(slots=True)
@@ -137,7 +140,7 @@ class Placement:
     tensors: Mapping[str, PlacedTensor]
     asked: Shares
     achieved_bytes: Mapping[Tier, int]  # of shared tensors, in bytes of their files
-    new_bytes: int = 0  # of compressed forms that are yet to be written
+    new_bytes: int = 0  # of forms that are yet to be written
 
 
 def model_tensors(config: ModelConfig) -> tuple[TensorSpec, ...]:
@@ -180,14 +183,15 @@ def place_weights(
     resident_dtype: str,
     weight_codec: Codec | None = None,
     vocabulary_codec: Codec | None = None,
-    compress: Compress | None = None,
+    form_of: FormOf | None = None,
 ) -> Placement:
     """Deal the tensors of a model, or of one stage, to tiers.
 
     Tensors at home on `device_tier` are held in the compute dtype unless `resident_dtype` is
     "checkpoint"; tensors that travel are held in the smaller of checkpoint and compute dtype; on
-    disk they stay as they are. Where a codec is given, shared tensors are compressed everywhere,
-    and `compress` tells where that form of a tensor lies.
+    disk they stay as they are, but for rows with gaps between them, which are repacked. Where a
+    codec is given, shared tensors are compressed everywhere. `form_of` tells where such a form of a
+    tensor lies.
     """
     shared = [spec for spec in specs if is_shared(spec)]
     codecs = {
@@ -195,10 +199,14 @@ def place_weights(
         for spec in shared
         if (codec := vocabulary_codec if meets_vocabulary(spec) else weight_codec)
     }
-    assert compress is not None or not codecs
-    compressed = {name: compress(name, codec) for name, codec in codecs.items() if compress}
-    files: dict[str, Stored] = {**stored, **compressed}
+    assert form_of is not None or not codecs
+    forms = {name: form_of(name, codec) for name, codec in codecs.items() if form_of}
+    files: dict[str, Stored] = {**stored, **forms}
     homes, given = _deal_weights(shares, shared, files)
+    for name, home in homes.items():
+        if home == Tier.DISK and files[name].stride is not None:
+            assert form_of is not None
+            files[name] = forms[name] = form_of(name, None)
     placed: dict[str, PlacedTensor] = {}
     for spec in specs:
         source = files[spec.name]
@@ -214,7 +222,7 @@ def place_weights(
         placed[spec.name] = PlacedTensor(spec, home, dtype, source, codecs.get(spec.name))
     check_all_given("weights", "tensor", shares, given)
     # tensors may share a file
-    new = {str(form.path): form.new_bytes for form in compressed.values()}
+    new = {str(form.path): form.new_bytes for form in forms.values()}
     return Placement(
         tensors=placed, asked=shares, achieved_bytes=given, new_bytes=sum(new.values())
     )

@@ -30,7 +30,7 @@ from flexpipe.plan.layer import LayerKind, LayerPlan, stage_layers
 from flexpipe.plan.layout import PACK_ALIGN, round_up
 from flexpipe.plan.pipeline import Pipeline
 from flexpipe.plan.placement import (
-    Compress,
+    FormOf,
     PlacedTensor,
     Placement,
     Stored,
@@ -46,6 +46,7 @@ NUM_HIDDEN_SLOTS = 3
 NUM_STAGES = 2  # host buffers on the way between disk and accelerator: one fills, one drains
 NUM_EMBED_SLOTS = 2
 NUM_ATTENTION_SLOTS = 2  # one micro-batch attends on the CPU, another one on the device
+NUM_PARTIAL_SLOTS = 3  # of a micro-batch's two halves, and of another one's that computes meanwhile
 # What the process takes beside the pools; 0 to 75 MiB were seen. While loading: two buffers of 32
 # MiB and the bounce ring (16 MiB). Later BLAS's packing buffers and the holes that prompts of many
 # lengths leave in the allocator's heaps.
@@ -279,6 +280,7 @@ class Plan:
             *self._attention_pools(),
             *self._compute_pools(),
             *self._message_pools(),
+            *self._sum_pools(),
         ]
         return tuple(pool for pool in made if pool.num_bytes)
 
@@ -308,7 +310,7 @@ class Plan:
         if tier == Tier.CPU:
             parts.append((self.budgets.overhead + PROCESS_SLACK, "process"))
         if tier == Tier.DISK and self.placement.new_bytes:
-            parts.append((self.placement.new_bytes, "compressed weights"))
+            parts.append((self.placement.new_bytes, "weights to compress or repack"))
         return ", ".join(f"{name} {format_bytes(size)}" for size, name in parts)
 
     def _weight_pools(self) -> list[PoolPlan]:
@@ -413,6 +415,19 @@ class Plan:
         largest = max(self.hidden_bytes(mb) for mb in self.micro_batches)
         return [
             PoolPlan(name="messages", tier=self.device_tier, slot_bytes=largest, num_slots=2),
+        ]
+
+    def _sum_pools(self) -> list[PoolPlan]:
+        """Where a shard leaves its part of what is added to hidden."""
+        if not self.config.is_split:
+            return []
+        return [
+            PoolPlan(
+                name="partial sums",
+                tier=self.device_tier,
+                slot_bytes=max(self.hidden_bytes(mb) for mb in self.micro_batches),
+                num_slots=NUM_PARTIAL_SLOTS,
+            )
         ]
 
     @property
@@ -581,12 +596,12 @@ class Planner:
         *,
         device_tier: Tier,
         compute_dtype: str,
-        compress: Compress | None = None,
+        form_of: FormOf | None = None,
         pipeline: Pipeline | None = None,
         rank: int = 0,
     ) -> None:
-        """`compress` tells where compressed weights lie, for policies that ask for them. Plans are
-        those of stage `rank` of `pipeline`; without one they are of the whole model."""
+        """`form_of` tells where weights in another form lie, for policies that ask for them. Plans
+        are those of stage `rank` of `pipeline`; without one they are of the whole model."""
         self._config = config
         self._pipeline = pipeline or Pipeline.whole(config.num_layers)
         self._rank = rank
@@ -595,7 +610,7 @@ class Planner:
         self._budgets = budgets
         self._device_tier = device_tier
         self._compute_dtype = compute_dtype
-        self._compress = compress
+        self._form_of = form_of
         self._placements: dict[object, Placement] = {}
         self._layers: dict[object, tuple[tuple[LayerPlan, ...], LayerBytes]] = {}
         self._blocks: dict[object, tuple[MicroBatchPlan, ...]] = {}
@@ -640,7 +655,7 @@ class Planner:
                 resident_dtype=policy.resident_dtype,
                 weight_codec=policy.weight_codec,
                 vocabulary_codec=policy.vocabulary_codec,
-                compress=self._compress,
+                form_of=self._form_of,
             )
         return self._placements[key]
 

@@ -25,7 +25,7 @@ from flexpipe.plan.tier import Tier
 from flexpipe.policy.choices import Choice, Choices
 from flexpipe.policy.partition import Cut, by_hand, even
 from flexpipe.policy.predict import QUICK, Assignment, Prediction, predict_stages
-from flexpipe.policy.search import MOST_REPLAYS, OPTIMISM, OTHER_TOKENS, Limits
+from flexpipe.policy.search import MOST_REPLAYS, OPTIMISM, OTHER_TOKENS, Limits, best_plan
 from flexpipe.policy.shares import Machine, realize
 from flexpipe.policy.stage_times import StageTimes, balanced_by
 
@@ -100,6 +100,8 @@ def best_pipeline(
 ) -> tuple[Plan, ...]:
     """The plans that a job takes: the search's. Where rates are not known, or too few of them, or
     where nothing fits, the rule's for an even cut, whose shortfalls then say what is missing."""
+    if arrangement.num_stages == 1:
+        return (_whole_plan(model, sites[0], arrangement),)
     if all(site.machine is not None for site in sites):
         try:
             best = search_pipeline(model, sites, arrangement).best
@@ -109,6 +111,13 @@ def best_pipeline(
             if best is not None:
                 return best.plans
     return pipeline_by_rule(model, sites, arrangement)
+
+
+def _whole_plan(model: Model, site: Site, arrangement: Arrangement) -> Plan:
+    """The plan of a model in one stage."""
+    pipeline = Pipeline.whole(model.num_layers, num_blocks=arrangement.num_blocks_in_flight)
+    planner = model.make_planner(pipeline, 0, site.budgets)
+    return best_plan(site.given, planner, model.needs, site.device_tier, site.machine)
 
 
 def pipeline_by_rule(

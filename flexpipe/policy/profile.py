@@ -32,6 +32,9 @@ from flexpipe.units import (
     parse_seconds,
 )
 
+PROFILES = Path("~/.cache/flexpipe/profiles")  # the measured ones, a file per machine
+PROFILE_VARIABLE = "FLEXPIPE_PROFILE"  # names the one to use instead
+
 LINKS = ("h2d", "d2h", "disk_read", "disk_write", "comm")  # the last one to another rank
 ACTIVITIES = ("compute", "attend", "copy", "disk_read", "disk_write")
 OVERHEADS = (

@@ -18,20 +18,23 @@ from pathlib import Path
 import torch
 
 from flexpipe.errors import FlexpipeError, PolicyError
+from flexpipe.plan.mount import mount_point
 from flexpipe.plan.policy_file import write_whole
-from flexpipe.policy.profile import Profile, read_profile, render_profile
+from flexpipe.policy.profile import (
+    PROFILE_VARIABLE,
+    PROFILES,
+    Profile,
+    read_profile,
+    render_profile,
+)
 from flexpipe.profiling.machine import (
     Tell,
     machine_id,
     measure_profile,
     measured_device,
-    mount_of,
     with_dtypes,
     worthwhile_dtypes,
 )
-
-PROFILE_VARIABLE = "FLEXPIPE_PROFILE"
-FOLDER = Path("~/.cache/flexpipe/profiles")
 
 log = logging.getLogger("flexpipe")
 
@@ -110,9 +113,9 @@ def profile_path(device: str, offload_dir: Path) -> Path:
     if given := os.environ.get(PROFILE_VARIABLE):
         return Path(given)
     kind = measured_device(device).torch_device.type
-    key = repr((machine_id(), kind, torch.get_num_threads(), mount_of(offload_dir)))
+    key = repr((machine_id(), kind, torch.get_num_threads(), mount_point(offload_dir)))
     name = f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.yaml"
-    return FOLDER.expanduser() / name
+    return PROFILES.expanduser() / name
 
 
 def write_profile(path: Path, profile: Profile) -> None:

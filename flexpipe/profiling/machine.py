@@ -29,6 +29,7 @@ from flexpipe.memory.offload import OffloadDirectory
 from flexpipe.memory.tier import populated
 from flexpipe.model.matmul import packs
 from flexpipe.plan.hardware import free_memory
+from flexpipe.plan.mount import mount_point
 from flexpipe.policy.curve import Curve, Surface
 from flexpipe.policy.profile import OVERHEADS, Profile, Rates
 from flexpipe.profiling.attention import PAIR_BYTES, AttentionTasks
@@ -97,7 +98,7 @@ def measure_profile(
         threads=torch.get_num_threads(),
         quick=effort.quick,
         machine=machine_id(),
-        mount=mount_of(offload_dir),
+        mount=mount_point(offload_dir),
     )
 
 
@@ -140,14 +141,6 @@ def machine_id() -> str:
     """The same for equal machines: processor, cores this process may use, memory."""
     parts = (_processor(), len(os.sched_getaffinity(0)), psutil.virtual_memory().total >> 26)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
-
-
-def mount_of(directory: Path) -> str:
-    """Where the file system of a directory, or of what it would be made in, is mounted."""
-    path = directory.expanduser().absolute()
-    while not os.path.ismount(path):
-        path = path.parent
-    return str(path)
 
 
 def _processor() -> str:

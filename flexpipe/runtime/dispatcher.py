@@ -28,7 +28,7 @@ from flexpipe.memory.disk import Stopped
 from flexpipe.runtime.device import Device
 from flexpipe.runtime.lane import StreamLane, ThreadLane
 from flexpipe.runtime.record import Recorder
-from flexpipe.schedule.op import MESSAGE_LANES, Kind, Lane, Op
+from flexpipe.schedule.op import PEER_LANES, Kind, Lane, Op
 
 RUN_AHEAD = 512  # ops submitted and not done; bounds memory, far above what hides latency
 _KEPT_EVENTS = 4 * RUN_AHEAD
@@ -37,7 +37,7 @@ _JOIN_TIMEOUT_S = 30.0
 STREAMS = (Lane.COMPUTE, Lane.LOAD_WEIGHT, Lane.LOAD_CACHE, Lane.STORE_CACHE)
 ALL_CORES = (Lane.COMPUTE, Lane.ATTEND_CPU)
 HOST_LANES = (Lane.READ_WEIGHT, Lane.READ_CACHE, Lane.DISK_WRITE, Lane.HOST)
-EVERYWHERE = (*HOST_LANES, *MESSAGE_LANES, Lane.COMPUTE)
+EVERYWHERE = (*HOST_LANES, *PEER_LANES, Lane.COMPUTE)
 
 log = logging.getLogger("flexpipe")
 
@@ -60,13 +60,16 @@ class Dispatcher:
         *,
         describe: Callable[[Op], str] = str,
         num_threads: int = 1,
-        message_lanes: Collection[Lane] = (),
+        peer_lanes: Collection[Lane] = (),
         end_messages: Callable[[], None] = lambda: None,
+        on_failure: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
-        """`end_messages` is called when a run fails, to free the lanes that wait for a peer."""
+        """`end_messages` is called when a run fails, to free the lanes that wait for a peer.
+        `on_failure` is told the first failure before that, since peers notice."""
         self._device = device
         self._describe = describe
         self._end_messages = end_messages
+        self._on_failure = on_failure
         self._recorder = recorder
         self._changed = threading.Condition()
         self._pending: dict[int, _Pending] = {}
@@ -75,11 +78,11 @@ class Dispatcher:
         self._num_news = 0
         self._num_messages = 0
         self._waiting = False
-        self._failure: tuple[Op | None, BaseException] | None = None
+        self._failure: BaseException | None = None
         self._streams: dict[Lane, StreamLane] = {}
         self._threads: dict[Lane, ThreadLane] = {}
         for lane in Lane:
-            if lane in MESSAGE_LANES and lane not in message_lanes:
+            if lane in PEER_LANES and lane not in peer_lanes:
                 continue
             if device.has_streams and lane in STREAMS:
                 self._streams[lane] = StreamLane(lane, device.torch_device, perform, recorder)
@@ -109,7 +112,7 @@ class Dispatcher:
             self._device.stop.set()
             self._end()
         if self._failure is not None:
-            raise _told(*self._failure, self._describe)
+            raise self._failure
         return time.perf_counter() - start
 
     def wake(self) -> None:
@@ -120,7 +123,10 @@ class Dispatcher:
 
     def abort(self, error: BaseException) -> None:
         """End the run with `error`, unless it has failed already."""
-        self._failed(None, error)
+        with self._changed:
+            self._failure = self._failure or error
+            self._stop()
+        self._end_messages()
 
     @property
     def stuck(self) -> list[Lane]:
@@ -180,7 +186,7 @@ class Dispatcher:
                     before.dependents.append(op.id)
                     entry.num_unmet += 1
             self._pending[op.id] = entry
-            self._num_messages += op.lane in MESSAGE_LANES
+            self._num_messages += op.lane in PEER_LANES
             if not entry.num_unmet:
                 self._enter(op)
         self._issue_all()
@@ -225,28 +231,31 @@ class Dispatcher:
     def _met(self, op: Op) -> None:
         if op.kind == Kind.COMMIT:
             self._num_news += 1
-        self._num_messages -= op.lane in MESSAGE_LANES
+        self._num_messages -= op.lane in PEER_LANES
         for dependent in self._pending.pop(op.id).dependents:
             entry = self._pending[dependent]
             entry.num_unmet -= 1
             if not entry.num_unmet:
                 self._enter(entry.op)
 
-    def _failed(self, op: Op | None, error: BaseException) -> None:
+    def _failed(self, op: Op, error: BaseException) -> None:
+        told = _told(op, error, self._describe)
         with self._changed:
-            self._fail(op, error)
-            self._changed.notify()
+            ended = isinstance(error, Stopped) and self._device.stop.is_set()  # as all waits do
+            is_first = self._failure is None and not ended
+            if is_first:
+                self._failure = told
+            self._stop()
+        if is_first:
+            self._on_failure(told)
         self._end_messages()
 
-    def _fail(self, op: Op | None, error: BaseException) -> None:
-        """Remember the first failure and stop every wait of the run."""
-        if self._failure is None and not (
-            isinstance(error, Stopped) and self._device.stop.is_set()
-        ):
-            self._failure = (op, error)
+    def _stop(self) -> None:
+        """Called with the lock: stop every wait of the run."""
         self._device.stop.set()
         for thread in self._threads.values():
             thread.quit()
+        self._changed.notify()
 
     def _end(self) -> None:
         """Return when nothing of the run is at work any more: no thread, no stream."""
@@ -266,9 +275,7 @@ class Dispatcher:
                 self._failed(stream.oldest, error)
 
 
-def _told(op: Op | None, error: BaseException, describe: Callable[[Op], str]) -> BaseException:
-    if op is None:
-        return error
+def _told(op: Op, error: BaseException, describe: Callable[[Op], str]) -> FlexpipeError:
     reason = str(error) or type(error).__name__
     if not isinstance(error, FlexpipeError):
         reason = f"{type(error).__name__}: {reason}"

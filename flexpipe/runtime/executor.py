@@ -13,7 +13,7 @@ from flexpipe.runtime.dispatcher import Dispatcher
 from flexpipe.runtime.record import Recorder
 from flexpipe.runtime.stage import Stage
 from flexpipe.schedule.build import Steps, schedule
-from flexpipe.schedule.op import MESSAGE_LANES, Op
+from flexpipe.schedule.op import MESSAGE_LANES, Lane, Op
 
 ChangeOps = Callable[[Iterable[Op | None]], Iterable[Op | None]]
 
@@ -27,11 +27,13 @@ def execute(
     *,
     change_ops: ChangeOps | None = None,
     on_start: Callable[[Dispatcher], None] = lambda dispatcher: None,
+    on_failure: Callable[[BaseException], None] = lambda error: None,
 ) -> float:
     """Run a job's steps to the end; returns seconds.
 
     `on_start` is given the dispatcher, to wake when `steps` has news that no COMMIT brings, or to
-    tell that the run must end. `change_ops` lets tests alter the ops.
+    tell that the run must end. `on_failure` hears of an op's failure before other stages notice.
+    `change_ops` lets tests alter the ops.
     """
     ops: Iterable[Op | None] = schedule(plan, steps)
     if change_ops is not None:
@@ -43,11 +45,17 @@ def execute(
             recorder,
             describe=stage.describe,
             num_threads=num_threads,
-            message_lanes=MESSAGE_LANES if plan.pipeline.is_cut else (),
+            peer_lanes=_peer_lanes(plan),
             end_messages=stage.abort,
+            on_failure=on_failure,
         )
         on_start(dispatcher)
         return dispatcher.run(iter(ops))
+
+
+def _peer_lanes(plan: Plan) -> tuple[Lane, ...]:
+    messages = MESSAGE_LANES if plan.pipeline.is_cut else ()
+    return (*messages, Lane.REDUCE) if plan.config.is_split else messages
 
 
 @contextmanager

@@ -29,7 +29,6 @@ from flexpipe.model import segments
 from flexpipe.model.batch import Batch, RopeTable, RowSpan
 from flexpipe.model.cost import (
     attend_flops,
-    decoder_flops,
     head_flops,
     mlp_flops,
     num_attended,
@@ -39,14 +38,16 @@ from flexpipe.model.cost import (
 from flexpipe.model.matmul import CompressedWeight
 from flexpipe.model.sampling import choose
 from flexpipe.model.workspace import Workspace
-from flexpipe.plan.layer import LayerKind, LayerPlan
-from flexpipe.plan.pipeline import Pipeline
+from flexpipe.plan.layer import LayerKind, LayerPlan, Piece
 from flexpipe.plan.plan import Plan, PoolPlan
 from flexpipe.plan.tier import Tier
 from flexpipe.runtime.device import Device
 from flexpipe.runtime.transport import Transport
-from flexpipe.schedule.op import Kind, Lane, Op, Segment
+from flexpipe.schedule.op import Kind, Lane, Op, Segment, pieces_of
 from flexpipe.schedule.step import MicroBatch, Row
+
+_APART = (Segment.QKV, Segment.ATTEND, Segment.OUT, Segment.PROJECT)  # with attention on the CPU
+_LEAVES_PARTIAL = (Segment.ATTENTION, Segment.PROJECT, Segment.MLP)
 
 OpHook = Callable[[Op], None]
 
@@ -70,7 +71,8 @@ class _Layout:
 
     source: MicroBatch
     runs: tuple[RowRun, ...]
-    ids_T: Tensor
+    ids_T: Tensor  # of rows of the embedding here
+    absent_T: Tensor | None  # tokens whose row another shard has
     sampled: tuple[Row, ...]
     batch: Batch | None = None
     cpu_batch: Batch | None = None  # of the rows that attend on the CPU
@@ -152,6 +154,7 @@ class Stage:
             Kind.SEND_HIDDEN: self._send_hidden,
             Kind.RECEIVE_TOKENS: self._receive_tokens,
             Kind.SEND_TOKENS: self._send_tokens,
+            Kind.ALL_REDUCE: self._all_reduce,
             Kind.COMMIT: self._commit,
             Kind.BARRIER: lambda op: None,
         }
@@ -184,11 +187,11 @@ class Stage:
         self._work[op.kind](op)
 
     def describe(self, op: Op) -> str:
-        """An op for messages, its layer by name, and the stage where there are several."""
+        """An op for messages, its layer by name, and the stage where there are several ranks."""
         mb = "" if op.batch is None else f", micro-batch {op.batch.index}"
         whole = f"{op.kind.value} {self._object(op)} (step {op.step}{mb})"
-        pipeline, rank = self.plan.pipeline, self.plan.rank
-        return f"{stage_name(pipeline, rank)}: {whole}" if pipeline.is_cut else whole
+        alone = not (self.plan.pipeline.is_cut or self.plan.config.is_split)
+        return whole if alone else f"{rank_name(self.plan)}: {whole}"
 
     def abort(self) -> None:
         """End the messages that other threads wait in; they raise."""
@@ -213,6 +216,7 @@ class Stage:
             self._logits,
             *self._fetched,
             *self._messages,
+            *self._partials,
         ):
             slab.fill_(POISON)
 
@@ -234,6 +238,8 @@ class Stage:
         elif kind == Kind.COMPUTE and op.segment == Segment.QKV:
             assert op.attention_slot is not None
             self._queries.poison(slot=op.attention_slot)
+        elif kind == Kind.COMPUTE and op.segment in _LEAVES_PARTIAL:
+            self._partials[op.partial_slot or 0].fill_(POISON)
         elif self._device.has_streams:
             return  # a stream fills host memory later than this is called
         elif kind == Kind.STORE_CACHE:
@@ -393,7 +399,7 @@ class Stage:
             leaving_TH = typed(self._messages[0], self._dtype, hidden_TH.shape)
             torch.index_select(hidden_TH, 0, self._to_device(order_T), out=leaving_TH)
             hidden_TH = leaving_TH
-        self._transport.send(hidden_TH)
+        self._send(hidden_TH)
 
     def _receive_tokens(self, op: Op) -> None:
         """Sampled rows of all micro-batches, by ascending place: tokens and whether they mean
@@ -411,7 +417,39 @@ class Stage:
         for layout, where in self._sampled_in(op):
             for target, source in zip(leaving, self._fetched[layout.source.index], strict=True):
                 target[where] = source[: len(where)].to(target.dtype)
-        self._transport.send(leaving)
+        self._send(leaving)
+
+    def _send(self, message: Tensor) -> None:
+        """A message counts on the link of the rank that sends it."""
+        assert self._transport is not None
+        start = time.perf_counter()
+        self._transport.send(message)
+        self._device.comm.deliver(message.nbytes, start)
+
+    def _sum(self, parts: Tensor) -> None:
+        """Each shard sends and receives a part of the bytes twice, less its own."""
+        assert self._transport is not None
+        start, size = time.perf_counter(), self.plan.config.shard.size
+        self._transport.all_reduce(parts)
+        self._device.comm.deliver(2 * (size - 1) * parts.nbytes // size, start)
+
+    def _all_reduce(self, op: Op) -> None:
+        """What the shards have computed of the first hidden, of the logits, or of what a half of a
+        layer adds to hidden."""
+        layer = self._layer(op)
+        if layer.kind == LayerKind.HEAD:
+            batch = self._rows(op)
+            self._sum(self._logits_view(batch.index, batch.num_sampled))
+            return
+        hidden_TH = self._hidden.view(self._rows(op), op.hidden_slot)
+        if layer.kind == LayerKind.EMBED:
+            self._sum(hidden_TH)
+            return
+        partial_TH = self._partial(op)
+        self._sum(partial_TH)
+        hidden_TH.add_(partial_TH)
+        if self._device.has_streams:
+            torch.accelerator.current_stream().synchronize()
 
     def _order(self, op: Op) -> Tensor | None:
         """Where the tokens of a message, rows by ascending place, lie in hidden; None where they
@@ -457,9 +495,12 @@ class Stage:
             self._compute_embed(op, layout, parts, hidden_TH)
         elif layer.kind == LayerKind.HEAD:
             self._compute_head(op, layer, layout, parts, hidden_TH)
+        elif op.segment in _APART:
+            assert hidden_TH is not None
+            self._compute_apart(op, layer, layout, parts, hidden_TH)
         elif op.segment is not None:
             assert hidden_TH is not None
-            self._compute_segment(op, layer, layout, parts, hidden_TH)
+            self._compute_half(op, layout, parts, hidden_TH)
         else:
             assert hidden_TH is not None
             self._compute_decoder(op, layer, layout, parts, hidden_TH)
@@ -478,8 +519,15 @@ class Stage:
             rows_TE = parts.embed_tokens.take(self._to_device(layout.ids_T))
         else:
             rows_TE = torch.embedding(parts.embed_tokens, self._to_device(layout.ids_T))
+        absent_T = None if layout.absent_T is None else self._to_device(layout.absent_T)
         segments.embed(
-            rows_TE, hidden_TH, parts.weights, layout.batch, self.plan.config, self._workspace
+            rows_TE,
+            hidden_TH,
+            parts.weights,
+            layout.batch,
+            self.plan.config,
+            self._workspace,
+            absent_T,
         )
 
     def _compute_decoder(
@@ -496,7 +544,26 @@ class Stage:
         if layer.kind != LayerKind.ATTENTION:
             segments.mlp_half(hidden_TH, weights, config, self._workspace)
 
-    def _compute_segment(
+    def _compute_half(self, op: Op, layout: _Layout, parts: LayerParts, hidden_TH: Tensor) -> None:
+        """A shard's part of what half a layer adds to hidden, or what follows their sum."""
+        batch, weights, config = layout.batch, parts.weights, self.plan.config
+        assert batch is not None and isinstance(weights, segments.LayerWeights)
+        match op.segment:
+            case Segment.ATTENTION:
+                decoder = self._decoder(op)
+                kvs = self.kv_cache.views(layout.runs, self._rows(op), decoder, op.kv_slot)
+                segments.attention_half(
+                    hidden_TH, weights, batch, kvs, config, decoder, self._workspace,
+                    self._partial(op),
+                )  # fmt: skip
+            case Segment.AFTER_ATTENTION:
+                segments.after_attention(hidden_TH, weights, config, self._workspace)
+            case Segment.MLP:
+                segments.mlp_half(hidden_TH, weights, config, self._workspace, self._partial(op))
+            case Segment.AFTER_MLP:
+                segments.after_mlp(hidden_TH, weights, config, self._workspace)
+
+    def _compute_apart(
         self, op: Op, layer: LayerPlan, layout: _Layout, parts: LayerParts, hidden_TH: Tensor
     ) -> None:
         """A decoder layer up to attention, attention itself, or the rest of the layer."""
@@ -507,10 +574,11 @@ class Stage:
         both = self._queries.view(op.attention_slot, num_tokens)
         q_TND = both[:, : config.num_heads]
         leaving = self._queries.leaving(op.attention_slot, num_tokens, rows)
-        if op.segment == Segment.OUT:
+        if op.segment in (Segment.OUT, Segment.PROJECT):
             q_TND[-rows:].copy_(leaving[0])
-            segments.out(q_TND.flatten(1), hidden_TH, weights, config, self._workspace)
-            if layer.kind != LayerKind.ATTENTION:
+            partial_TH = self._partial(op) if op.segment == Segment.PROJECT else None
+            segments.out(q_TND.flatten(1), hidden_TH, weights, config, self._workspace, partial_TH)
+            if op.segment == Segment.OUT and layer.kind != LayerKind.ATTENTION:
                 segments.mlp_half(hidden_TH, weights, config, self._workspace)
             return
         here = layout.runs[: len(layout.runs) - len(layout.cpu_runs)]
@@ -544,7 +612,10 @@ class Stage:
                 )
             )
             self._workspace.reset()
-        out_RV = self._logits_view(mb, rows)[:, layer.vocab[0] : layer.vocab[1]]
+        logits_RV, first = self._logits_view(mb, rows), self.plan.config.vocab_rows.start
+        if self.plan.config.is_split and layer.takes_hidden:
+            logits_RV.zero_()  # the others add theirs
+        out_RV = logits_RV[:, first + layer.vocab[0] : first + layer.vocab[1]]
         segments.logits_slice(x_RE, parts.lm_head, out_RV, self._workspace)
 
     def _sample(self, op: Op) -> None:
@@ -588,27 +659,24 @@ class Stage:
             return 0
         if layer.kind == LayerKind.HEAD:
             assert layer.vocab is not None
-            share = (layer.vocab[1] - layer.vocab[0]) / config.vocab_size
+            share = (layer.vocab[1] - layer.vocab[0]) / len(config.vocab_rows)
             return int(head_flops(config, batch.num_sampled) * share)
-        mlp = mlp_flops(config, batch.num_new)
-        if layer.kind == LayerKind.MLP:
-            return mlp
-        window = config.window(self._decoder(op))
-        attended = sum(
-            num_attended(row.num_context, row.num_new, window)
-            for row in batch.rows
-            if not self.plan.row_attends_on_cpu(batch.index, row.place, row.num_new)
-        )
-        match op.segment:
-            case Segment.QKV:
-                return qkv_flops(config, batch.num_new)
-            case Segment.ATTEND:
-                return attend_flops(config, attended)
-            case Segment.OUT:
-                rest = 0 if layer.kind == LayerKind.ATTENTION else mlp
-                return out_flops(config, batch.num_new) + rest
-        whole = decoder_flops(config, batch.num_new, attended)
-        return whole if layer.kind == LayerKind.DECODER else whole - mlp
+        pieces, flops = pieces_of(layer, op.segment), 0
+        if Piece.QKV in pieces:
+            flops += qkv_flops(config, batch.num_new)
+        if Piece.ATTEND in pieces:
+            window = config.window(self._decoder(op))
+            attended = sum(
+                num_attended(row.num_context, row.num_new, window)
+                for row in batch.rows
+                if not self.plan.row_attends_on_cpu(batch.index, row.place, row.num_new)
+            )
+            flops += attend_flops(config, attended)
+        if Piece.OUT in pieces:
+            flops += out_flops(config, batch.num_new)
+        if Piece.MLP in pieces:
+            flops += mlp_flops(config, batch.num_new)
+        return flops
 
     # lookups
 
@@ -620,6 +688,8 @@ class Stage:
                 return f"to stage {(rank + 1) % num_stages}"
             case Lane.RECEIVE:
                 return f"from stage {(rank - 1) % num_stages}"
+            case Lane.REDUCE:
+                return f"over the shards of {self._layer(op).name}"
         return f"of {self._layer(op).name}"
 
     def _layer(self, op: Op) -> LayerPlan:
@@ -650,7 +720,13 @@ class Stage:
         rows = [row for run in runs for row in run.rows]
         ids = list(chain.from_iterable(row.tokens for row in rows)) if self.plan.embeds else []
         sampled = tuple(row for row in rows if row.sampled)
-        return _Layout(source, runs, torch.tensor(ids, dtype=torch.int64), sampled)
+        ids_T, absent_T = torch.tensor(ids, dtype=torch.int64), None
+        if self.plan.config.is_split:
+            here = self.plan.config.vocab_rows
+            ids_T -= here.start
+            absent_T = (ids_T < 0) | (ids_T >= len(here))
+            ids_T.masked_fill_(absent_T, 0)
+        return _Layout(source, runs, ids_T, absent_T, sampled)
 
     def _make_batch(self, layout: _Layout) -> Batch:
         return Batch.build(
@@ -677,6 +753,12 @@ class Stage:
         shape = (self._rows(op).num_new, table.shape[1])
         return typed(slab, torch_dtype(table.dtype), shape)
 
+    def _partial(self, op: Op) -> Tensor:
+        """This shard's part of what is added to hidden, [T, H]."""
+        assert op.partial_slot is not None
+        shape = (self._rows(op).num_new, self.plan.config.hidden_size)
+        return typed(self._partials[op.partial_slot], self._dtype, shape)
+
     def _logits_view(self, mb: int, rows: int) -> Tensor:
         slab = self._logits[0 if len(self._logits) == 1 else self.plan.ranks_in_block[mb]]
         return typed(slab, self._dtype, (rows, self.plan.config.vocab_size))
@@ -695,6 +777,7 @@ class Stage:
         self._embed_slots = slots("embedding slots", device)
         self._embed_stages = slots("embedding staging", Tier.CPU)
         self._messages = slots("messages", device)
+        self._partials = slots("partial sums", device)
         none = torch.empty(0, dtype=torch.uint8)
         self._cpu_workspace = Workspace((slots("attention workspace", Tier.CPU) or [none])[0])
         pin = self._device.has_streams
@@ -712,10 +795,11 @@ class Stage:
         return self.memory.take_on_host(pool.slot_bytes, pool.name)
 
 
-def stage_name(pipeline: Pipeline, rank: int) -> str:
-    """A stage in words, with its decoder layers."""
-    chunks = (f"{chunk.start} to {chunk.stop - 1}" for chunk in pipeline.chunks(rank))
-    return f"stage {rank} (layers {', '.join(chunks)})"
+def rank_name(plan: Plan) -> str:
+    """A stage in words, its shard where it has several, with its decoder layers."""
+    shard = f", shard {plan.config.shard.index}" if plan.config.is_split else ""
+    ranges = (f"{chunk.start} to {chunk.stop - 1}" for chunk in plan.pipeline.chunks(plan.rank))
+    return f"stage {plan.rank}{shard} (layers {', '.join(ranges)})"
 
 
 def _token_message(op: Op) -> Tensor:

@@ -13,17 +13,16 @@ next one. All ranks make the same visits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from itertools import count
 
 from flexpipe.plan.layer import LayerKind, LayerPlan
 from flexpipe.plan.plan import Plan
-from flexpipe.plan.tier import Tier
+from flexpipe.schedule.compute import Computations
 from flexpipe.schedule.edges import Edges
-from flexpipe.schedule.messages import Arrival, Arrivals, Messages, tokens_of
-from flexpipe.schedule.moves import Homes, Moves, hidden_of, kv_of, rows_of
-from flexpipe.schedule.op import Kind, Op, Pool, Resource, Segment
+from flexpipe.schedule.messages import Arrival, Arrivals, Messages
+from flexpipe.schedule.moves import Homes, Moves, hidden_of, rows_of, tokens_of
+from flexpipe.schedule.op import Kind, Op, Resource
 from flexpipe.schedule.prefetch import WeightLoads
 from flexpipe.schedule.slots import Slots
 from flexpipe.schedule.step import MicroBatch
@@ -62,6 +61,7 @@ class ScheduleBuilder:
         self._messages = Messages(plan, self._edges, self._slots, self.homes)
         self._arrivals = Arrivals()
         self.moves = Moves(plan, self._edges, self._slots, self.homes)
+        self._computations = Computations(plan, self._edges, self._slots, self.homes, self._weights)
 
     def first_weights(self) -> Iterator[Op]:
         """Loads that precede the first step."""
@@ -107,15 +107,16 @@ class ScheduleBuilder:
             yield from self._arrive_before_sends(number)
             return ()
         yield from self._leave(step, first)
-        pairs = [(layer, batch) for layer in later for batch in batches]
-        for (layer, batch), following in zip(pairs, [*pairs[1:], None], strict=True):
-            if batch is batches[0]:
-                yield from self._weights.fill(step)
-                if layer.kind == LayerKind.SEND:
-                    yield from self._arrive_before_sends(number)
-            yield from work.iteration(layer, batch, following)
-            if batch is batches[-1]:
-                yield from self._leave(step, layer)
+        for layers in self._uninterrupted(later):
+            if layers[0].kind == LayerKind.SEND:
+                yield from self._arrive_before_sends(number)
+            pairs = [(layer, batch) for layer in layers for batch in batches]
+            for (layer, batch), following in zip(pairs, [*pairs[1:], None], strict=True):
+                if batch is batches[0]:
+                    yield from self._weights.fill(step)
+                yield from work.iteration(layer, batch, following)
+                if batch is batches[-1]:
+                    yield from self._leave(step, layer)
         yield from self._hand_over(step, chunk, tuple(batches))
         return tuple(batches)
 
@@ -133,6 +134,12 @@ class ScheduleBuilder:
         layers = self._plan.chunks[chunk]
         return layers[1:] if self._plan.embeds and chunk else layers
 
+    def _uninterrupted(self, layers: Sequence[LayerPlan]) -> list[Sequence[LayerPlan]]:
+        """The same in pieces between which something may arrive, which takes slots of its own."""
+        if not self._plan.embeds or not self._pipeline.is_cut:
+            return [layers]
+        return [piece for piece in (layers[:-1], layers[-1:]) if piece]
+
     def _leave(self, step: int, layer: LayerPlan) -> Iterator[Op]:
         self._weights.leave(layer)
         yield from self._edges.end_of_layer(step, layer.position)
@@ -141,7 +148,8 @@ class ScheduleBuilder:
         """Tokens of a step that is done go to the first rank, which knows what will come to it."""
         if not self._pipeline.is_cut:
             return
-        if self._plan.has_head and chunk + 1 == self._pipeline.num_chunks:
+        leads = self._plan.config.shard.is_first
+        if self._plan.has_head and chunk + 1 == self._pipeline.num_chunks and leads:
             yield self._messages.send_tokens(step, self._plan.layers[-1], batches)
         if self._plan.embeds:
             self._arrivals.expect(Arrival(self._number(step, chunk), step, chunk, batches))
@@ -159,6 +167,8 @@ class ScheduleBuilder:
                 for batch in batches:
                     yield from _Work(self, step).iteration(layer, batch, None)
                 continue
+            if not self._plan.config.shard.is_first:
+                continue  # tokens go from the first shard to the first shard
             last = self._plan.layers[-1]
             yield self._messages.receive_tokens(step, last, batches)
             for batch in batches:
@@ -185,131 +195,22 @@ class ScheduleBuilder:
             if self._commits_after(layer):  # chunks of prompts: nothing to sample
                 yield self._commit(step, layer, batch, (hidden_of(batch),))
             return
-        if layer.has_kv_cache and self.homes.has_rows_on_cpu(batch):
-            yield from self._compute_apart(step, layer, batch)
-            return
-        reads: list[Resource] = []
-        writes: list[Resource] = []
-        kv_slot = hidden_slot = embed_slot = None
-        weight_slot = self._use_weights(layer, reads)
-        if layer.kind == LayerKind.EMBED:
-            reads.append(rows_of(batch))
-            if self._plan.embed_streams:
-                embed_slot = self._slots.held(Pool.EMBED_SLOT, mb=batch.index)
-                reads.append((Pool.EMBED_SLOT, embed_slot, 0, 0))
-        if layer.has_kv_cache:
-            kv_slot = self._use_cache(layer, batch, writes)
-        if layer.takes_hidden or layer.leaves_hidden:
-            hidden_slot = self._use_hidden(layer, batch, writes if layer.leaves_hidden else reads)
-        if layer.kind == LayerKind.HEAD:
-            self._use_head(layer, batch, reads, writes)
-        yield self._edges.op(
-            Kind.COMPUTE,
-            step,
-            layer.position,
-            batch,
-            reads=tuple(reads),
-            writes=tuple(writes),
-            weight_slot=weight_slot,
-            kv_slot=kv_slot,
-            hidden_slot=hidden_slot,
-            embed_slot=embed_slot,
-        )
-        if layer is self._plan.layers[-1]:
-            yield from self._tokens(step, layer, batch)
-
-    def _compute_apart(self, step: int, layer: LayerPlan, batch: MicroBatch) -> Iterator[Op]:
-        """A layer in segments: queries of some rows go to the CPU while the others attend here."""
-        where = (step, layer.position, batch)
-        slot, stage = self._slots.take(Pool.ATTENTION_SLOT), self._slots.take(Pool.QUERY_STAGE)
-        here: Resource = (Pool.ATTENTION_SLOT, slot, 0, 0)
-        leaving: Resource = (Pool.ATTENTION_SLOT, slot, 1, 0)
-        staged: Resource = (Pool.QUERY_STAGE, stage, 0, 0)
-        weights: list[Resource] = []
-        cache: list[Resource] = []
-        hidden: list[Resource] = []
-        compute = partial(
-            self._edges.op,
-            Kind.COMPUTE,
-            *where,
-            weight_slot=self._use_weights(layer, weights),
-            kv_slot=self._use_cache(layer, batch, cache),
-            hidden_slot=self._use_hidden(layer, batch, hidden),
-            attention_slot=slot,
-        )
-        move = partial(self._edges.op, stage_slot=stage, attention_slot=slot)
-        made = (*cache, here, leaving)
-        yield compute(reads=(*weights, *hidden), writes=made, segment=Segment.QKV)
-        yield move(Kind.MOVE_QUERY, *where, reads=(leaving,), writes=(staged,))
-        yield move(Kind.ATTEND_CPU, *where, writes=(kv_of(layer, batch, Tier.CPU), staged))
-        if cache:
-            yield compute(reads=tuple(cache), writes=(here,), segment=Segment.ATTEND)
-        yield move(Kind.MOVE_OUTPUT, *where, reads=(staged,), writes=(leaving,))
-        done = (here, leaving, *hidden)
-        yield compute(reads=tuple(weights), writes=done, segment=Segment.OUT)
-
-    def _use_weights(self, layer: LayerPlan, accesses: list[Resource]) -> int | None:
-        """The slot that a streamed layer's weights lie in."""
-        if not layer.is_streamed:
-            return None
-        slot = self._weights.slot(layer)
-        accesses.append((Pool.WEIGHT_SLOT, slot, 0, 0))
-        return slot
-
-    def _use_cache(
-        self, layer: LayerPlan, batch: MicroBatch, accesses: list[Resource]
-    ) -> int | None:
-        """Where attention on the device finds keys and values; the slot that some pass through."""
-        tiers = self.homes.tiers(batch, with_past=False)
-        if self._plan.device_tier in tiers:
-            accesses.append(kv_of(layer, batch, self._plan.device_tier))
-        if not tiers - {self._plan.device_tier}:
-            return None
-        kv_slot = self._slots.held(Pool.KV_SLOT, layer.position, batch.index)
-        accesses.append((Pool.KV_SLOT, kv_slot, 0, 0))
-        return kv_slot
-
-    def _use_hidden(
-        self, layer: LayerPlan, batch: MicroBatch, accesses: list[Resource]
-    ) -> int | None:
-        if self.homes.hidden_at_home(batch):
-            accesses.append(hidden_of(batch))
-            return None
-        if layer.kind == LayerKind.EMBED:
-            self._slots.take(Pool.HIDDEN_SLOT, mb=batch.index)
-        slot = self._slots.held(Pool.HIDDEN_SLOT, mb=batch.index)
-        accesses.append((Pool.HIDDEN_SLOT, slot, 0, 0))
-        return slot
-
-    def _use_head(
-        self, layer: LayerPlan, batch: MicroBatch, reads: list[Resource], writes: list[Resource]
-    ) -> None:
-        index = self._plan.ranks_in_block[batch.index]
-        head_input: Resource = (Pool.HEAD_INPUT, index, 0, 0)
-        (writes if layer.takes_hidden else reads).append(head_input)
-        writes.append(self._logits(batch))
-
-    def _tokens(self, step: int, layer: LayerPlan, batch: MicroBatch) -> Iterator[Op]:
-        edges, where = self._edges, (step, layer.position, batch)
-        tokens: Resource = (Pool.TOKENS, batch.index, 0, 0)
-        yield edges.op(Kind.SAMPLE, *where, reads=(self._logits(batch),), writes=(tokens,))
-        yield edges.op(Kind.FETCH_TOKENS, *where, reads=(tokens,), writes=(tokens_of(batch),))
-        if self._commits_after(layer):
-            yield self._commit(step, layer, batch, (tokens_of(batch),))
+        yield from self._computations.layer(step, layer, batch)
+        if layer is self._plan.layers[-1] and self._plan.config.shard.is_first:
+            yield from self._computations.sample(step, layer, batch)
+            if self._commits_after(layer):
+                yield self._commit(step, layer, batch, (tokens_of(batch),))
 
     def _commits_after(self, layer: LayerPlan) -> bool:
         """Whether a micro-batch's step ends with `layer`, here and not on the first rank."""
-        return layer is self._plan.layers[-1] and not self._pipeline.is_cut
+        ends_here = self._plan.config.shard.is_first and not self._pipeline.is_cut
+        return ends_here and layer is self._plan.layers[-1]
 
     def _commit(
         self, step: int, layer: LayerPlan, batch: MicroBatch, reads: tuple[Resource, ...]
     ) -> Op:
         writes = (rows_of(batch),)
         return self._edges.op(Kind.COMMIT, step, layer.position, batch, reads=reads, writes=writes)
-
-    def _logits(self, batch: MicroBatch) -> Resource:
-        shared = self._plan.num_logits == 1
-        return (Pool.LOGITS, 0 if shared else self._plan.ranks_in_block[batch.index], 0, 0)
 
     def barrier(self, step: int, layer: LayerPlan) -> Iterator[Op]:
         """What the strategy puts after each (layer, micro-batch)."""

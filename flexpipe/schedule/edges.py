@@ -3,7 +3,8 @@
 There are two true kinds: *produced* (it reads what an earlier op wrote) and *freed* (it overwrites
 what an earlier op used). That a COMMIT makes the rows of a micro-batch's next step *known* is a
 third: the job cannot name them sooner, so this tells a dispatcher nothing new, but a checker and a
-simulator. Messages keep their *order*. A dependency that another one already implies is left out.
+simulator. Messages, and sums over the shards of a stage, keep their *order*. A dependency that
+another one already implies is left out.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class Edges:
         attention_slot: int | None = None,
         segment: Segment | None = None,
         batches: tuple[MicroBatch, ...] = (),
+        partial_slot: int | None = None,
     ) -> Op:
         """The next op, waiting for what its accesses demand and the strategy adds."""
         made = self._name()
@@ -57,7 +59,7 @@ class Edges:
         return Op(
             made, kind, step, layer, batch, waits, reads, writes,
             weight_slot, kv_slot, hidden_slot, embed_slot, stage_slot, attention_slot, segment,
-            batches,
+            batches, partial_slot,
         )  # fmt: skip
 
     def end_of_iteration(self, step: int, layer: int) -> Iterator[Op]:

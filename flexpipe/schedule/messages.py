@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from flexpipe.plan.layer import LayerPlan
 from flexpipe.plan.plan import Plan
 from flexpipe.schedule.edges import Edges
-from flexpipe.schedule.moves import Homes, hidden_of
+from flexpipe.schedule.moves import Homes, hidden_of, tokens_of
 from flexpipe.schedule.op import LANE_OF, Kind, Op, Pool, Resource
 from flexpipe.schedule.slots import Slots
 from flexpipe.schedule.step import MicroBatch
@@ -90,10 +90,6 @@ class Messages:
         """What each message of a lane hands to the next one."""
         lane = LANE_OF[kind].value if self._plan.pipeline.async_comm else "comm"
         return (Pool.ORDER, lane, 0, 0)
-
-
-def tokens_of(batch: MicroBatch) -> Resource:
-    return (Pool.HOST_TOKENS, batch.index, 0, 0)
 
 
 def _place(batch: MicroBatch, slot: int | None) -> Resource:

@@ -25,6 +25,10 @@ def hidden_of(batch: MicroBatch) -> Resource:
     return (Pool.HIDDEN, batch.index, 0, 0)
 
 
+def tokens_of(batch: MicroBatch) -> Resource:
+    return (Pool.HOST_TOKENS, batch.index, 0, 0)
+
+
 class Homes:
     """Where a micro-batch's rows and hidden rest."""
 

@@ -8,9 +8,9 @@ processes has a channel for that; here they are queues.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
-from flexpipe.schedule.build import Steps
+from flexpipe.schedule.build import MicroBatches, Steps
 from flexpipe.schedule.step import MicroBatch
 
 
@@ -29,7 +29,7 @@ class Relay:
         self._is_over = formed is None
         return None if formed is None else self._passed_on(formed)
 
-    def _passed_on(self, formed: Iterable[MicroBatch | None]) -> Iterator[MicroBatch | None]:
+    def _passed_on(self, formed: MicroBatches) -> Iterator[MicroBatch | None]:
         for batch in formed:
             if batch is not None:
                 self._tell(batch)

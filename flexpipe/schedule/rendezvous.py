@@ -1,10 +1,11 @@
-"""Proof that the messages of all ranks meet: no circle of waiting, no message misread.
+"""Proof that messages and sums of all ranks meet: no circle of waiting, no message misread.
 
 The checker plays the ops of every rank against each other, each rank's taken a bounded number ahead
 and not past a micro-batch that nobody knows yet, as a dispatcher takes them. Ops take no time, so
 what is left in the end could never have run.
 
-A *channel* is where two ends meet: an edge of the ring, in one direction. Under NCCL's rules a send
+A *channel* is where ends meet: an edge of the ring, in one direction, or all shards of a stage,
+which sum what they have when the last of them is there. Under NCCL's rules a send
 blocks until it is received, tags are ignored, so that the n-th message sent on a channel is the
 n-th received, and a communicator is one FIFO: what a rank posts there runs strictly in the order of
 posting. That order must not be left to chance either: where ops do not force it, it is a problem of
@@ -21,7 +22,7 @@ from enum import StrEnum
 from itertools import pairwise
 
 from flexpipe.schedule.check import Graph
-from flexpipe.schedule.op import MESSAGE_LANES, Kind, Lane, Op
+from flexpipe.schedule.op import PEER_LANES, Kind, Lane, Op, Pool
 
 RUN_AHEAD = 512  # ops taken and not done
 
@@ -33,12 +34,12 @@ class Rules(StrEnum):
     GLOO = "gloo"
 
 
-Channel = tuple[int, int]  # from a rank, to a rank
+Channel = tuple[int, ...]  # from a rank, to a rank; or the ranks of a stage
 Communicator = Callable[[Channel], object]
 
 
 def one_per_edge(channel: Channel) -> object:
-    """Every directed edge has a communicator of its own."""
+    """Every directed edge has a communicator of its own, and so has every stage."""
     return channel
 
 
@@ -65,58 +66,76 @@ def find_problems(
     rules: Rules,
     communicator: Communicator = one_per_edge,
     run_ahead: int = RUN_AHEAD,
+    num_shards: int = 1,
 ) -> list[Problem]:
     """All that is wrong with the messages of these schedules, a rank each; an empty list is the
-    proof."""
-    found = list(_mismatches(ranks))
+    proof. The `num_shards` ranks of a stage follow each other."""
+    grid = Grid(len(ranks), num_shards)
+    found = list(_mismatches(ranks, grid))
     if rules == Rules.NCCL:
         for rank, ops in enumerate(ranks):
-            found += _disordered(rank, len(ranks), ops, communicator)
-    return found or _Play(ranks, rules, run_ahead).deadlocked()
+            found += _disordered(rank, ops, grid, communicator)
+    return found or _Play(ranks, grid, rules, run_ahead).deadlocked()
 
 
-def channel_of(rank: int, num_ranks: int, op: Op) -> Channel:
-    """Where a message of `rank` meets its other end."""
-    if op.lane == Lane.SEND:
-        return rank, (rank + 1) % num_ranks
-    return (rank - 1) % num_ranks, rank
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """How ranks stand to each other: stages in a ring, the shards of each in a row."""
+
+    num_ranks: int
+    num_shards: int
+
+    def channel_of(self, rank: int, op: Op) -> Channel:
+        """Where an op of `rank` meets its other ends."""
+        first = rank - rank % self.num_shards
+        match op.lane:
+            case Lane.SEND:
+                return rank, (rank + self.num_shards) % self.num_ranks
+            case Lane.RECEIVE:
+                return (rank - self.num_shards) % self.num_ranks, rank
+        return tuple(range(first, first + self.num_shards))
 
 
 def size_of(op: Op) -> tuple[str, int]:
-    """What a message holds: tokens' hidden, or the tokens of sampled rows."""
+    """What a message holds: tokens' hidden, or the tokens of sampled rows; what a sum is of."""
     if op.kind in (Kind.SEND_TOKENS, Kind.RECEIVE_TOKENS):
         return "tokens", max(1, sum(batch.num_sampled for batch in op.batches))
     assert op.batch is not None
+    if op.kind == Kind.ALL_REDUCE:
+        what = "logits" if op.writes[0][0] == Pool.LOGITS else "hidden"
+        return f"{what} of micro-batch {op.batch.index} in step {op.step}", op.batch.num_new
     return "hidden", op.batch.num_new
 
 
-def _messages(ops: Iterable[Op]) -> list[Op]:
-    return [op for op in ops if op.lane in MESSAGE_LANES]
+def _meetings(ops: Iterable[Op]) -> list[Op]:
+    return [op for op in ops if op.lane in PEER_LANES]
 
 
-def _mismatches(ranks: Sequence[Sequence[Op]]) -> Iterator[Problem]:
-    """Messages whose ends do not expect the same."""
-    ends: dict[Channel, dict[Lane, list[tuple[int, Op]]]] = defaultdict(lambda: defaultdict(list))
+def _mismatches(ranks: Sequence[Sequence[Op]], grid: Grid) -> Iterator[Problem]:
+    """Messages and sums whose ends do not expect the same."""
+    posted: dict[Channel, dict[int, list[Op]]] = defaultdict(lambda: defaultdict(list))
     for rank, ops in enumerate(ranks):
-        for op in _messages(ops):
-            ends[channel_of(rank, len(ranks), op)][op.lane].append((rank, op))
-    for both in ends.values():
-        sent, received = both[Lane.SEND], both[Lane.RECEIVE]
-        for (_, one), (rank, other) in zip(sent, received, strict=False):
-            if size_of(one) != size_of(other):
-                kind, size = size_of(one)
-                yield Problem(rank, other, f"meets {size} of {kind}")
-        for rank, op in (*sent[len(received) :], *received[len(sent) :]):
-            yield Problem(rank, op, "has no other end")
+        for op in _meetings(ops):
+            posted[grid.channel_of(rank, op)][rank].append(op)
+    for channel, ends in posted.items():
+        for first, rank in pairwise(channel):
+            for one, other in zip(ends[first], ends[rank], strict=False):
+                if size_of(one) != size_of(other):
+                    kind, size = size_of(one)
+                    yield Problem(rank, other, f"meets {size} of {kind}")
+        fewest = min(len(ends[rank]) for rank in channel)
+        for rank in channel:
+            for op in ends[rank][fewest:]:
+                yield Problem(rank, op, "has no other end")
 
 
 def _disordered(
-    rank: int, num_ranks: int, ops: Sequence[Op], communicator: Communicator
+    rank: int, ops: Sequence[Op], grid: Grid, communicator: Communicator
 ) -> Iterator[Problem]:
-    """Messages on one communicator that may be posted in either order."""
+    """Messages and sums on one communicator that may be posted in either order."""
     by_communicator: dict[object, list[Op]] = defaultdict(list)
-    for op in _messages(ops):
-        by_communicator[communicator(channel_of(rank, num_ranks, op))].append(op)
+    for op in _meetings(ops):
+        by_communicator[communicator(grid.channel_of(rank, op))].append(op)
     graph = Graph(ops)
     for posted in by_communicator.values():
         for one, other in pairwise(posted):
@@ -127,10 +146,12 @@ def _disordered(
 class _Play:
     """All ranks at work, until nothing moves any more."""
 
-    def __init__(self, ranks: Sequence[Sequence[Op]], rules: Rules, run_ahead: int) -> None:
-        self._num_ranks = len(ranks)
+    def __init__(
+        self, ranks: Sequence[Sequence[Op]], grid: Grid, rules: Rules, run_ahead: int
+    ) -> None:
+        self._grid = grid
         self._rules = rules
-        self._posted: Mapping[Channel, Mapping[Lane, deque[tuple[int, Op]]]] = defaultdict(
+        self._posted: Mapping[Channel, Mapping[int, deque[Op]]] = defaultdict(
             lambda: defaultdict(deque)
         )
         self._players = [_Player(rank, ops, run_ahead) for rank, ops in enumerate(ranks)]
@@ -151,22 +172,23 @@ class _Play:
         for player in self._players:
             for op in player.advance(self._known):
                 moved = True
-                if op.lane in MESSAGE_LANES:
-                    channel = channel_of(player.rank, self._num_ranks, op)
-                    self._posted[channel][op.lane].append((player.rank, op))
-        for both in self._posted.values():
-            moved |= self._meet(both[Lane.SEND], both[Lane.RECEIVE])
+                if op.lane in PEER_LANES:
+                    channel = self._grid.channel_of(player.rank, op)
+                    self._posted[channel][player.rank].append(op)
+        for channel, ends in self._posted.items():
+            moved |= self._meet(channel, ends)
         return moved
 
-    def _meet(self, sent: deque[tuple[int, Op]], received: deque[tuple[int, Op]]) -> bool:
-        """Messages whose ends are both there are done; Gloo's sends need not wait so long."""
+    def _meet(self, channel: Channel, ends: Mapping[int, deque[Op]]) -> bool:
+        """Ops whose ends are all there are done; Gloo's sends need not wait so long."""
         moved = False
         if self._rules == Rules.GLOO:
-            for rank, op in sent:
-                moved |= self._players[rank].finish(op)
-        while sent and received:
-            for rank, op in (sent.popleft(), received.popleft()):
-                self._players[rank].finish(op)
+            for rank in channel:
+                for op in ends[rank]:
+                    moved |= op.lane == Lane.SEND and self._players[rank].finish(op)
+        while all(ends[rank] for rank in channel):
+            for rank in channel:
+                self._players[rank].finish(ends[rank].popleft())
             moved = True
         return moved
 
@@ -194,7 +216,7 @@ class _Player:
             if not self._ready:
                 return
             op = self._ready.popleft()
-            if op.lane not in MESSAGE_LANES:
+            if op.lane not in PEER_LANES:
                 self.finish(op)
             yield op
 

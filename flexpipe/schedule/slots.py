@@ -9,6 +9,7 @@ from flexpipe.plan.plan import (
     NUM_EMBED_SLOTS,
     NUM_HIDDEN_SLOTS,
     NUM_KV_SLOTS,
+    NUM_PARTIAL_SLOTS,
     NUM_STAGES,
 )
 from flexpipe.schedule.op import Pool
@@ -18,6 +19,7 @@ _NUM_SLOTS = {
     Pool.HIDDEN_SLOT: NUM_HIDDEN_SLOTS,
     Pool.EMBED_SLOT: NUM_EMBED_SLOTS,
     Pool.ATTENTION_SLOT: NUM_ATTENTION_SLOTS,
+    Pool.PARTIAL_SLOT: NUM_PARTIAL_SLOTS,
 }
 
 

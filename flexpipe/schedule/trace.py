@@ -39,9 +39,13 @@ _COLOURS: Mapping[Kind, str] = {
     Kind.SEND_HIDDEN: "#feb24c",
     Kind.RECEIVE_TOKENS: "#e7cb94",
     Kind.SEND_TOKENS: "#bd9e39",
+    Kind.ALL_REDUCE: "#fb9a99",
     Kind.COMMIT: "#737373",
     Kind.BARRIER: "#252525",
 }
+
+
+Event = dict[str, object]
 
 
 class Timed(Protocol):
@@ -62,55 +66,65 @@ def write_trace(path: Path, spans: Sequence[Timed], plan: Plan) -> None:
 
 def write_traces(path: Path, stages: Sequence[Sequence[Timed]], plans: Sequence[Plan]) -> None:
     """The same of all stages: a process each in a trace, one below the other in a picture."""
+    if path.suffix == ".json":
+        write_events(path, perfetto(stages, plans))
+        return
     try:
-        if path.suffix == ".json":
-            path.write_text(json.dumps(perfetto(stages, plans)), encoding="utf-8")
-        else:
-            _draw(path, stages)
+        _draw(path, stages)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from error
 
 
-def perfetto(stages: Sequence[Sequence[Timed]], plans: Sequence[Plan]) -> dict[str, object]:
+def write_events(path: Path, events: Sequence[Event]) -> None:
+    """A trace as JSON."""
+    try:
+        content = {"traceEvents": events, "displayTimeUnit": "ms"}
+        path.write_text(json.dumps(content), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def perfetto(stages: Sequence[Sequence[Timed]], plans: Sequence[Plan]) -> list[Event]:
     """The Trace Event Format: complete events in microseconds, a process per stage, a thread per
     lane."""
-    events: list[dict[str, object]] = []
-    for spans, plan in zip(stages, plans, strict=True):
-        if len(plans) > 1:
-            name = {"name": f"stage {plan.rank}"}
-            events.append({"ph": "M", "name": "process_name", "pid": plan.rank, "args": name})
-        events += _stage_events(spans, plan)
-    return {"traceEvents": events, "displayTimeUnit": "ms"}
+    names = [f"stage {plan.rank}" if len(plans) > 1 else None for plan in plans]
+    return [
+        event
+        for spans, plan, name in zip(stages, plans, names, strict=True)
+        for event in stage_events(spans, plan, plan.rank, name)
+    ]
 
 
-def _stage_events(spans: Sequence[Timed], plan: Plan) -> list[dict[str, object]]:
+def stage_events(spans: Sequence[Timed], plan: Plan, process: int, name: str | None) -> list[Event]:
+    """The events of one stage, as process number `process` of that name."""
     used = [lane for lane in Lane if any(span.op.lane == lane for span in spans)]
-    names: list[dict[str, object]] = [
+    process_name = {"ph": "M", "name": "process_name", "pid": process, "args": {"name": name}}
+    names: list[Event] = [
         {
             "ph": "M",
             "name": "thread_name",
-            "pid": plan.rank,
+            "pid": process,
             "tid": tid,
             "args": {"name": lane.value},
         }
         for tid, lane in enumerate(used)
     ]
-    order: list[dict[str, object]] = [
+    order: list[Event] = [
         {
             "ph": "M",
             "name": "thread_sort_index",
-            "pid": plan.rank,
+            "pid": process,
             "tid": tid,
             "args": {"sort_index": tid},
         }
         for tid in range(len(used))
     ]
-    events: list[dict[str, object]] = [
+    events: list[Event] = [
         {
             "ph": "X",
             "name": _name(span.op, plan),
             "cat": span.op.kind.value,
-            "pid": plan.rank,
+            "pid": process,
             "tid": used.index(span.op.lane),
             "ts": round(span.start_s * 1e6, 3),
             "dur": round((span.end_s - span.start_s) * 1e6, 3),
@@ -118,7 +132,7 @@ def _stage_events(spans: Sequence[Timed], plan: Plan) -> list[dict[str, object]]
         }
         for span in spans
     ]
-    return [*names, *order, *events]
+    return [*([process_name] if name else []), *names, *order, *events]
 
 
 def _name(op: Op, plan: Plan) -> str:

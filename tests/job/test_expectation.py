@@ -14,8 +14,9 @@ import yaml
 from flexpipe.errors import RunError
 from flexpipe.job import expectation
 from flexpipe.job.expectation import eta
+from flexpipe.job.probes import Probes
 from flexpipe.job.report import Report
-from flexpipe.job.run import Probes, run_job
+from flexpipe.job.run import run_job
 from flexpipe.job.spec import JobSpec
 from flexpipe.plan.block import Need
 from flexpipe.plan.hardware import Emulation

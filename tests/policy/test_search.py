@@ -62,7 +62,7 @@ class Case:
             self.budgets,
             device_tier=self.tier,
             compute_dtype=self.dtype,
-            compress=partial(FakeForm.of, self.config),
+            form_of=partial(FakeForm.of, self.config),
         )
 
     @property

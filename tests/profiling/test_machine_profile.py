@@ -288,7 +288,7 @@ def test_mounts_and_numbers_of_threads_have_profiles_of_their_own(
     ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = {profile_path("cpu", tmp_path)}
-    monkeypatch.setattr(cache, "mount_of", lambda directory: "/elsewhere")
+    monkeypatch.setattr(cache, "mount_point", lambda directory: "/elsewhere")
     paths.add(profile_path("cpu", tmp_path))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     paths.add(profile_path("cpu", tmp_path))

@@ -1,4 +1,5 @@
-"""The stages of a pipeline in one process: a thread per rank, messages over the edges of a ring.
+"""The ranks of a pipeline in one process: a thread each, messages over the edges of a ring, sums
+over the shards of a stage.
 
 Rank 0 forms the steps with the job's own batcher and tells them to the others, as the control
 channel does. A send blocks until it is received, the strictest a transport may be.
@@ -15,14 +16,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flexpipe.errors import RunError
 from flexpipe.job.batcher import Admitted, Batcher, Entry, Finished
 from flexpipe.job.params import SamplingParams
 from flexpipe.memory.checkpoint import open_directory
-from flexpipe.memory.compressed import CompressedCache
 from flexpipe.memory.disk import DiskFile, Stopped
+from flexpipe.memory.form import FormCache
+from flexpipe.memory.shards import shard_tensors
+from flexpipe.model.config import Shard, shard_config
 from flexpipe.model.families import read_config
 from flexpipe.plan.pipeline import Pipeline
 from flexpipe.plan.placement import model_tensors
@@ -80,12 +84,39 @@ class Edge:
             raise Stopped("the ring was broken")
 
 
+class Sum:
+    """Adds up what the shards of a stage have, when all are there."""
+
+    def __init__(self, size: int) -> None:
+        self._barrier = threading.Barrier(size, timeout=PATIENCE_S)
+        self._parts: list[Tensor | None] = [None] * size
+
+    def all_reduce(self, index: int, tensor: Tensor) -> None:
+        self._parts[index] = tensor.clone()
+        self._meet()
+        parts = [part for part in self._parts if part is not None]
+        assert len({(part.shape, part.dtype) for part in parts}) == 1
+        tensor.copy_(torch.stack(parts).sum(0))
+        self._meet()
+
+    def abort(self) -> None:
+        self._barrier.abort()
+
+    def _meet(self) -> None:
+        try:
+            self._barrier.wait()
+        except threading.BrokenBarrierError:
+            raise Stopped("the stage was broken") from None
+
+
 @dataclass(frozen=True)
 class Neighbours:
-    """A rank's two edges."""
+    """A rank's two edges, and the stage it is a shard of."""
 
     before: Edge
     after: Edge
+    sum: Sum
+    shard: int
 
     def send(self, tensor: Tensor) -> None:
         self.after.send(tensor)
@@ -93,9 +124,13 @@ class Neighbours:
     def receive(self, tensor: Tensor) -> None:
         self.before.receive(tensor)
 
+    def all_reduce(self, tensor: Tensor) -> None:
+        self.sum.all_reduce(self.shard, tensor)
+
     def abort(self) -> None:
         self.before.abort()
         self.after.abort()
+        self.sum.abort()
 
 
 class Told:
@@ -144,7 +179,7 @@ class Ring:
             spec.name: checkpoint.require(spec.name, spec.shape)
             for spec in model_tensors(self.config)
         }
-        self._forms = CompressedCache(self.folder / "cache", self._stored, checkpoint.identity)
+        self._identity = checkpoint.identity()
         (self.folder / "cache").mkdir(parents=True, exist_ok=True)
 
     @property
@@ -153,17 +188,27 @@ class Ring:
         return [Entry(i, i, 0, len(prompt), limit) for i, (prompt, limit) in enumerate(pairs)]
 
     def plans(
-        self, given: Mapping[str, Any] | Sequence[Mapping[str, Any]], pipeline: Pipeline, tier: Tier
+        self,
+        given: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        pipeline: Pipeline,
+        tier: Tier,
+        num_shards: int = 1,
     ) -> list[Plan]:
-        """A plan per rank; `given` may differ from rank to rank."""
+        """A plan per rank, those of a stage's shards in a row; `given` may differ from stage to
+        stage."""
         each = [given] * pipeline.num_stages if isinstance(given, Mapping) else given
-        return [self._plan(knobs, pipeline, rank, tier) for rank, knobs in enumerate(each)]
+        return [
+            self._plan(knobs, pipeline, rank, Shard(index, num_shards), tier)
+            for rank, knobs in enumerate(each)
+            for index in range(num_shards)
+        ]
 
     def __call__(
         self,
         given: Mapping[str, Any] | Sequence[Mapping[str, Any]],
         pipeline: Pipeline | None = None,
         *,
+        num_shards: int = 1,
         device: str = "emulated",
         before_op: Callable[[int], OpHook] | None = None,
         poison: bool = True,
@@ -172,7 +217,8 @@ class Ring:
         pipeline = pipeline or Pipeline.whole(self.config.num_layers)
         tier = Tier.GPU if device == "emulated" else Tier.CPU
         self._runs += 1
-        run = _Run(self, self.plans(given, pipeline, tier), device, before_op, poison)
+        plans = self.plans(given, pipeline, tier, num_shards)
+        run = _Run(self, plans, device, before_op, poison)
         return run(self.folder / f"run-{self._runs}")
 
     def admit(self, entry: Entry) -> Admitted:
@@ -183,15 +229,19 @@ class Ring:
             eos_token_ids=frozenset(self.config.eos_token_ids),
         )
 
-    def _plan(self, given: Mapping[str, Any], pipeline: Pipeline, rank: int, tier: Tier) -> Plan:
+    def _plan(
+        self, given: Mapping[str, Any], pipeline: Pipeline, rank: int, shard: Shard, tier: Tier
+    ) -> Plan:
+        config = shard_config(self.config, shard)
+        stored = shard_tensors(config, self._stored)
         planner = Planner(
-            self.config,
+            config,
             [entry.need for entry in self.entries],
-            self._stored,
+            stored,
             ROOMY,
             device_tier=tier,
             compute_dtype="float32",
-            compress=self._forms.locate,
+            form_of=FormCache(self.folder / "cache", stored, lambda: self._identity).locate,
             pipeline=pipeline,
             rank=rank,
         )
@@ -215,7 +265,9 @@ class _Run:
         self._before_op = before_op
         self._poison = poison
         self._told = [Told() for _ in plans[1:]]
+        self._num_shards = plans[0].config.shard.size
         self._edges = [Edge() for _ in plans]
+        self._sums = [Sum(self._num_shards) for _ in plans[:: self._num_shards]]
         self._dispatchers: list[Dispatcher] = []
         self._failures: list[BaseException] = []
         self._lock = threading.Lock()
@@ -253,7 +305,16 @@ class _Run:
                     if rank:
                         self._told[rank - 1].wake = dispatcher.wake
 
-            execute(plan, device, stage, steps, Recorder(keep_spans=False), on_start=start)
+            recorder = Recorder(keep_spans=False)
+            execute(
+                plan,
+                device,
+                stage,
+                steps,
+                recorder,
+                on_start=start,
+                on_failure=self._failures.append,
+            )
 
     @property
     def _emulation(self) -> Any:
@@ -274,7 +335,12 @@ class _Run:
             kv_file=files.get("KV cache"),
             hidden_file=files.get("hidden"),
             commit=self.batcher.commit if rank == 0 else None,
-            transport=Neighbours(self._edges[rank - 1], self._edges[rank]),
+            transport=Neighbours(
+                self._edges[rank - self._num_shards],
+                self._edges[rank],
+                self._sums[rank // self._num_shards],
+                rank % self._num_shards,
+            ),
             before_op=self._before_op(rank) if self._before_op else None,
             poison=self._poison,
         )
@@ -291,13 +357,16 @@ class _Run:
     def _step(self, batches: Iterator[MicroBatch | None]) -> Iterator[MicroBatch | None]:
         for batch in batches:
             if batch is not None:
-                self._tell(MicroBatch(batch.index, tuple(map(_counted, batch.rows))))
+                self._tell(batch)
             yield batch
         self._tell(END_OF_STEP)
 
     def _tell(self, news: MicroBatch | str) -> None:
-        for told in self._told:
-            told.tell(news)
+        for plan, told in zip(self._plans[1:], self._told, strict=True):
+            if isinstance(news, MicroBatch) and not plan.embeds:
+                told.tell(MicroBatch(news.index, tuple(map(_counted, news.rows))))
+            else:
+                told.tell(news)
 
     def _finish(self, end: Finished) -> None:
         self._answers[end.request.entry.index] = end.tokens
@@ -305,8 +374,8 @@ class _Run:
     def _fail(self, error: BaseException) -> None:
         with self._lock:
             self._failures.append(error)
-            for edge in self._edges:
-                edge.abort()
+            for meeting in (*self._edges, *self._sums):
+                meeting.abort()
             for dispatcher in self._dispatchers:
                 dispatcher.abort(RunError("another stage failed"))
 

@@ -19,7 +19,7 @@ from flexpipe.plan.hardware import Emulation
 from flexpipe.runtime.device import Device, open_device
 from flexpipe.runtime.dispatcher import RUN_AHEAD, Dispatcher
 from flexpipe.runtime.record import Recorder
-from flexpipe.schedule.op import LANE_OF, MESSAGE_LANES, Kind, Lane, Op, Wait
+from flexpipe.schedule.op import LANE_OF, PEER_LANES, Kind, Lane, Op, Wait
 
 ONE_KIND = {LANE_OF[kind]: kind for kind in Kind}  # no COMMIT: "not yet" waits for one
 
@@ -55,7 +55,7 @@ class Work:
 
 def dispatcher(work: Callable[[Op], None], device: Device | None = None) -> Dispatcher:
     device = device or open_device("emulated", Emulation())
-    return Dispatcher(device, work, Recorder(keep_spans=True), message_lanes=MESSAGE_LANES)
+    return Dispatcher(device, work, Recorder(keep_spans=True), peer_lanes=PEER_LANES)
 
 
 def run(ops: Iterable[Op | None], work: Callable[[Op], None]) -> None:
@@ -176,7 +176,7 @@ def test_a_run_that_fails_ends_the_messages_its_lanes_wait_in():
         open_device("emulated", Emulation()),
         work,
         Recorder(keep_spans=False),
-        message_lanes=MESSAGE_LANES,
+        peer_lanes=PEER_LANES,
         end_messages=woken.set,
     )
     with pytest.raises(RunError, match="ValueError: too hot"):
@@ -184,9 +184,17 @@ def test_a_run_that_fails_ends_the_messages_its_lanes_wait_in():
     assert made.stuck == []
 
 
-def test_another_thread_may_end_a_run():
-    made = dispatcher(Work())
-    threading.Timer(0.05, made.abort, [RunError("stage 2 failed")]).start()
+@pytest.mark.parametrize("error", [RunError("stage 2 failed"), Stopped("stage 2 failed")])
+def test_another_thread_may_end_a_run(error):
+    """Also where whoever does has stopped all waits before."""
+    device = open_device("emulated", Emulation())
+    made = dispatcher(Work(), device)
+
+    def end() -> None:
+        device.stop.set()
+        made.abort(error)
+
+    threading.Timer(0.05, end).start()
 
     def ops() -> Iterator[Op | None]:
         while True:
@@ -208,7 +216,7 @@ def test_stages_without_neighbours_have_no_lanes_for_messages():
 
     made.run(ops())
     away = {Lane.LOAD_WEIGHT, Lane.LOAD_CACHE, Lane.STORE_CACHE, Lane.ATTEND_CPU}
-    assert seen == [len(set(Lane) - away - set(MESSAGE_LANES))]
+    assert seen == [len(set(Lane) - away - set(PEER_LANES))]
 
 
 def test_ops_are_taken_a_bounded_number_ahead():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tests.hf import Reference
 from tests.runtime.conftest import LENGTHS, LIMITS
 from tests.runtime.ring import Ring, Tokens
 
-VARIANTS = ("llama2-deep", "qwen2-windows-deep", "opt-350m-deep")  # the second one is tied
+VARIANTS = ("llama2-deep", "qwen2-windows-deep")  # the second one is tied
 NUM_LAYERS = 8
 PERCENT = (
     [100, 0, 100, 0, 100, 0],
@@ -47,10 +48,11 @@ def rings(
     hf_checkpoint: Callable[..., Path],
     hf_reference: Callable[..., Reference],
     tmp_path_factory: pytest.TempPathFactory,
-) -> Mapping[str, tuple[Ring, Tokens]]:
-    """Models of several families and what transformers answers, cut where our runs stop."""
-    made = {}
-    for variant in VARIANTS:
+) -> Callable[[str], tuple[Ring, Tokens]]:
+    """A model of a family and what transformers answers, cut where our runs stop."""
+
+    @cache
+    def made(variant: str) -> tuple[Ring, Tokens]:
         answers = hf_reference(variant, lengths=LENGTHS, max_new=max(LIMITS))
         ring = Ring(
             hf_checkpoint(variant), tmp_path_factory.mktemp(variant), answers.prompts, LIMITS
@@ -60,7 +62,8 @@ def rings(
             tokens[: next((i + 1 for i, t in enumerate(tokens[:limit]) if t in ends), limit)]
             for tokens, limit in zip(answers.tokens, LIMITS, strict=True)
         )
-        made[variant] = ring, expected
+        return ring, expected
+
     return made
 
 
@@ -105,18 +108,18 @@ def check(ring: Ring, expected: Tokens, data: st.DataObject) -> None:
     assert tokens == expected
 
 
-@settings(max_examples=24)
+@settings(max_examples=12)
 @given(data=st.data(), variant=st.sampled_from(VARIANTS))
 def test_any_pipeline_gives_the_reference_tokens(rings, variant, data):
-    check(*rings[variant], data)
+    check(*rings(variant), data)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@settings(max_examples=1500)
-@given(data=st.data(), variant=st.sampled_from(VARIANTS))
+@settings(max_examples=1000)
+@given(data=st.data(), variant=st.sampled_from([*VARIANTS, "opt-350m-deep"]))
 def test_a_thousand_pipelines_give_the_reference_tokens(rings, variant, data):
-    check(*rings[variant], data)
+    check(*rings(variant), data)
 
 
 EVERYWHERE = {
@@ -129,7 +132,7 @@ EVERYWHERE = {
 
 def test_stages_that_place_rows_differently_understand_each_other(rings):
     """Where homes differ, rows lie in another order; messages have one of their own."""
-    ring, expected = rings["llama2-deep"]
+    ring, expected = rings("llama2-deep")
     apart = [
         {**EVERYWHERE, **percent_shares(percent), "micro_batch_size": 3, "cpu_attention": True}
         for percent in ([0, 100, 40, 30, 100, 0], [0, 100, 0, 50, 100, 0], [0, 100, 60, 0, 0, 100])
@@ -138,22 +141,32 @@ def test_stages_that_place_rows_differently_understand_each_other(rings):
 
 
 def test_compressed_weights_give_the_tokens_of_one_stage_with_compressed_weights(rings):
-    ring, _ = rings["qwen2-windows-deep"]
+    ring, _ = rings("qwen2-windows-deep")
     knobs = {**EVERYWHERE, "compress_weight": "4", "compress_vocabulary": "8"}
     assert ring(knobs, cut(2, num_blocks=2)) == ring(knobs)
 
 
 def test_samples_do_not_depend_on_the_number_of_stages(rings):
-    greedy, _ = rings["llama2-deep"]
+    greedy, _ = rings("llama2-deep")
     params = SamplingParams(max_tokens=1, temperature=1.0, top_p=0.9, seed=3)
     ring = Ring(greedy.model, greedy.folder / "sampled", greedy.prompts, LIMITS, params)
     assert ring(EVERYWHERE, cut(4, num_blocks=4)) == ring(EVERYWHERE)
 
 
-@pytest.mark.parametrize("kind", [Kind.COMPUTE, Kind.SEND_HIDDEN, Kind.LOAD_WEIGHT, Kind.COMMIT])
-def test_a_failure_on_any_stage_ends_all_and_names_stage_layers_and_op(rings, kind):
-    ring, _ = rings["llama2-deep"]
-    rank = 0 if kind == Kind.COMMIT else 1
+FAULTS = {
+    Kind.COMPUTE: 1,
+    Kind.LOAD_WEIGHT: 1,
+    Kind.RECEIVE_HIDDEN: 2,
+    Kind.SEND_HIDDEN: 1,
+    Kind.SEND_TOKENS: 2,
+    Kind.RECEIVE_TOKENS: 0,
+    Kind.COMMIT: 0,
+}
+
+
+@pytest.mark.parametrize(("kind", "rank"), FAULTS.items())
+def test_a_failure_on_any_stage_ends_all_and_names_stage_layers_and_op(rings, kind, rank):
+    ring, _ = rings("llama2-deep")
 
     def hook(of: int) -> OpHook:
         def fail(op: Op) -> None:
@@ -163,8 +176,9 @@ def test_a_failure_on_any_stage_ends_all_and_names_stage_layers_and_op(rings, ki
         return fail
 
     before, began = threading.active_count(), time.monotonic()
-    place = {0: r"stage 0 \(layers 0 to 1\)", 1: r"stage 1 \(layers 2 to 4\)"}[rank]
-    with pytest.raises(RunError, match=rf"^{place}: {kind.value} .*ValueError: too hot"):
+    layers = ["0 to 1", "2 to 4", "5 to 7"][rank]
+    told = rf"^stage {rank} \(layers {layers}\): {kind.value} .*ValueError: too hot"
+    with pytest.raises(RunError, match=told):
         ring(EVERYWHERE, cut(3, num_blocks=3), before_op=hook)
     assert time.monotonic() - began < 20
     assert threading.active_count() == before

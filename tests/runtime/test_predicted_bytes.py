@@ -9,7 +9,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from flexpipe.errors import PlanError, PolicyError
-from flexpipe.job.run import Probes
+from flexpipe.job.probes import Probes
 from flexpipe.plan.block import Need, longest_first
 from flexpipe.plan.plan import Plan
 from flexpipe.plan.policy import COMPRESSIONS, percent_shares

@@ -10,6 +10,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from flexpipe.model.config import Shard, shard_config
 from flexpipe.plan.block import Need
 from flexpipe.plan.pipeline import Pipeline
 from flexpipe.plan.plan import Plan
@@ -26,6 +27,7 @@ class Shape:
     """What of a pipeline decides its messages; two layers per virtual stage."""
 
     num_stages: int = 4
+    num_shards: int = 1
     num_blocks: int = 4
     num_micro_batches: int = 1
     num_chunks: int = 1
@@ -49,13 +51,13 @@ class Shape:
 
 @cache
 def _plans(shape: Shape) -> tuple[Plan, ...]:
-    """One per rank, of a place per micro-batch."""
-    config = tiny_config(num_hidden_layers=shape.num_stages * shape.num_chunks, vocab_size=96)
+    """One per rank, those of a stage's shards in a row, of a place per micro-batch."""
+    config = tiny_config(num_hidden_layers=shape.num_stages * shape.num_chunks, vocab_size=97)
     knobs: dict[str, Any] = percent_shares(shape.percent)
     count = shape.num_micro_batches
     return tuple(
         tiny_plan(
-            config=config,
+            config=shard_config(config, Shard(index, shape.num_shards)),
             needs=[Need(9, 6)] * (shape.num_blocks * count),
             pipeline=shape.pipeline,
             rank=rank,
@@ -65,14 +67,18 @@ def _plans(shape: Shape) -> tuple[Plan, ...]:
             **knobs,
         )
         for rank in range(shape.num_stages)
+        for index in range(shape.num_shards)
     )
 
 
 @st.composite
-def shapes(draw: st.DrawFn, *, most_stages: int = 8, percents: Any = None) -> Shape:
+def shapes(
+    draw: st.DrawFn, *, most_stages: int = 8, most_shards: int = 1, percents: Any = None
+) -> Shape:
     num_stages = draw(st.integers(1, most_stages))
     return Shape(
         num_stages=num_stages,
+        num_shards=draw(st.sampled_from([size for size in (1, 1, 2, 4) if size <= most_shards])),
         num_blocks=draw(st.integers(1, 2 * num_stages + 1)),
         num_micro_batches=draw(st.integers(1, 3)),
         num_chunks=draw(st.integers(1, 3)) if num_stages > 1 else 1,

@@ -230,7 +230,7 @@ def test_a_layer_whose_rows_attend_on_the_cpu_moves_queries_and_no_cache():
         (Kind.COMPUTE, Segment.OUT),
     ]
     before, after = (
-        found.op(Kind.COMPUTE, 2, 0, segment=part) for part in Segment if part != "attend"
+        found.op(Kind.COMPUTE, 2, 0, segment=part) for part in (Segment.QKV, Segment.OUT)
     )
     path = [before, *(found.op(kind, 2, 0) for kind, part in made if part is None), after]
     assert all(found.ordered(*pair) for pair in itertools.pairwise(path))

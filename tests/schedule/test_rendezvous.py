@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexpipe.plan.policy import STRATEGIES
-from flexpipe.schedule.op import MESSAGE_LANES, Kind, Lane, Op, Wait
-from flexpipe.schedule.rendezvous import Rules, find_problems, one_for_all
+from flexpipe.schedule.check import without_edges
+from flexpipe.schedule.op import MESSAGE_LANES, Kind, Lane, Op, Pool, Wait
+from flexpipe.schedule.rendezvous import Rules, find_problems, one_for_all, one_per_edge
 from tests.schedule.ring import Shape, full_steps, random_steps, ranks_of, shapes
 
 RUN_AHEADS = (1, 7, 512)
@@ -22,13 +23,13 @@ def check(shape: Shape, num_steps: int, seed: int) -> None:
     """Whatever the rules, and however far ahead ops are taken."""
     ranks = ranks_of(shape, random_steps(shape, num_steps, seed))
     for rules, run_ahead in product(Rules, RUN_AHEADS):
-        found = find_problems(ranks, rules=rules, run_ahead=run_ahead)
+        found = find_problems(ranks, rules=rules, run_ahead=run_ahead, num_shards=shape.num_shards)
         assert not found, f"{shape}, seed {seed}, {rules}, {run_ahead} ahead: {found[0]}"
 
 
 @settings(max_examples=60)
-@given(shape=shapes(), data=st.data())
-def test_messages_of_any_pipeline_and_sequence_of_steps_meet(shape, data):
+@given(shape=shapes(most_shards=4), data=st.data())
+def test_messages_and_sums_of_any_pipeline_and_sequence_of_steps_meet(shape, data):
     num_steps = data.draw(st.integers(1, 4 * shape.num_blocks))
     check(shape, num_steps, data.draw(st.integers(0, 10**6)))
 
@@ -88,6 +89,15 @@ def test_with_asynchrony_one_communicator_for_all_edges_is_refused():
     )
     assert {problem.rank for problem in found} >= {1, 2}
     assert "may overtake" in str(found[0])
+
+
+def test_sums_need_a_communicator_of_their_own():
+    """Nothing says whether a rank posts its sum or its message first."""
+    shape = Shape(num_stages=2, num_shards=2, num_blocks=2)
+    ranks = ranks_of(shape, full_steps(shape, 6))
+    for communicator, problems in ((one_per_edge, False), (one_for_all, True)):
+        found = find_problems(ranks, rules=Rules.NCCL, communicator=communicator, num_shards=2)
+        assert bool(found) == problems
 
 
 # -- seeded mistakes ------------------------------------------------------------------------------
@@ -198,3 +208,67 @@ def test_a_wait_that_crosses_ranks_in_a_circle_is_found_under_gloo_too():
     ranks[1] = reordered([*made, *held])
     for rules in Rules:
         assert {problem.rank for problem in find_problems(ranks, rules=rules)} == {0, 1, 2}
+
+
+# -- seeded mistakes in sums ----------------------------------------------------------------------
+
+SHARDED = Shape(num_stages=2, num_shards=2, num_blocks=2, num_micro_batches=2)
+
+
+def sums(ops: Sequence[Op]) -> list[int]:
+    """Places of the sums over hidden, which all have the same size."""
+    return [
+        place
+        for place, op in enumerate(ops)
+        if op.kind == Kind.ALL_REDUCE and op.writes[0][0] == Pool.HIDDEN
+    ]
+
+
+def sharded_ranks() -> list[list[Op]]:
+    return ranks_of(SHARDED, full_steps(SHARDED, 6))
+
+
+@pytest.mark.parametrize("rules", Rules)
+def test_shards_that_sum_two_micro_batches_in_different_order_are_found(rules):
+    ranks = sharded_ranks()
+    ops = ranks[3]
+    first = next(one for one, other in pairwise(sums(ops)) if ops[one].mb != ops[other].mb)
+    second = next(place for place in sums(ops) if place > first)
+    ops[first], ops[second] = ops[second], ops[first]
+    found = find_problems(ranks, rules=rules, num_shards=2)
+    assert {problem.rank for problem in found} == {3}
+    assert "meets 1 of hidden of micro-batch" in str(found[0])
+
+
+def test_a_sum_that_nothing_orders_behind_the_one_before_is_found():
+    ranks = sharded_ranks()
+    ranks[1] = list(without_edges(ranks[1], "order:reduce"))
+    found = find_problems(ranks, rules=Rules.NCCL, num_shards=2)
+    assert {problem.rank for problem in found} == {1}
+    assert all("may overtake all_reduce" in str(problem) for problem in found)
+
+
+@pytest.mark.parametrize("rules", Rules)
+def test_a_sum_that_a_shard_leaves_out_is_found(rules):
+    ranks = sharded_ranks()
+    last = sums(ranks[2])[-1]
+    ranks[2] = [op for op in ranks[2] if op.id < ranks[2][last].id]
+    found = find_problems(ranks, rules=rules, num_shards=2)
+    assert any(problem.what == "has no other end" for problem in found)
+
+
+@pytest.mark.parametrize("rules", Rules)
+def test_a_shard_that_asks_for_the_next_hidden_before_its_sum_is_found(rules):
+    """The other shards wait for the sum, and the next hidden for what they make of it."""
+    shape = replace(SHARDED, num_blocks=1, num_micro_batches=1)
+    ranks = ranks_of(shape, full_steps(shape, 4))
+    place, ops = sums(ranks[2])[0], ranks[2]
+    first, early, *_ = (op for op in ops if op.kind == Kind.RECEIVE_HIDDEN)
+    assert first.id < ops[place].id < early.id
+    before = (Wait(first.id, "order:receive"),)
+    held = replace(ops[place], waits_for=(*ops[place].waits_for, Wait(early.id, "order:comm")))
+    rest = [op for op in ops[place + 1 :] if op is not early]
+    ranks[2] = [*ops[:place], replace(early, waits_for=before), held, *rest]
+    found = find_problems(ranks, rules=rules, num_shards=2)
+    assert {problem.rank for problem in found} == {0, 1, 2, 3}
+    assert all(problem.what == "waits forever" for problem in found)
