@@ -479,7 +479,9 @@ class _Stages:
     @property
     def return_s(self) -> FloatArray:
         """What a step's tokens take from the last stage to the step that follows, by kind: the same
-        way, then COMMIT after COMMIT."""
+        way, then COMMIT after COMMIT. A stage that is alone has that in its own times."""
+        if len(self.of_ranks) == 1:
+            return np.zeros(len(self._scripts))
         first = [work.seconds for work in self.of_ranks[0].works]
         back = [one[Lane.RECEIVE.value] + one[Lane.HOST.value] for one in first]
         return np.array(back) + 3 * self._hop_s

@@ -38,11 +38,11 @@ def message_tasks(effort: Effort) -> Generator[Task, None, None]:
         yield Task(key=("links", "comm", num_bytes), amount=num_bytes, work=hand_over)
 
 
-def _connected() -> tuple[dist.ProcessGroupGloo, dist.ProcessGroupGloo]:
+def _connected() -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     """The two ends of a ring of two."""
     store = dist.HashStore()
 
-    def join(rank: int) -> dist.ProcessGroupGloo:
+    def join(rank: int) -> Any:
         return dist.ProcessGroupGloo(dist.PrefixStore("messages", store), rank, 2, _CONNECT_LIMIT)
 
     with ThreadPoolExecutor(2) as pool:

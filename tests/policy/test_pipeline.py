@@ -42,7 +42,7 @@ def make_planner(pipeline: Pipeline, rank: int, budgets: Budgets) -> Planner:
         budgets,
         device_tier=Tier.GPU,
         compute_dtype="float32",
-        compress=partial(FakeForm.of, CONFIG),
+        form_of=partial(FakeForm.of, CONFIG),
         pipeline=pipeline,
         rank=rank,
     )
