@@ -1,57 +1,46 @@
-"""What a job will take on a machine: its steps, played by the simulator.
+"""What a job will take on a machine, or on several: its steps, played by the simulator.
 
-A job's steps follow from its requests (`flexpipe.schedule.places`), its ops from its steps, their
-costs from the machine. Short jobs are simulated whole. Of long ones the steps are counted with
-every so manieth request; every kind of step among them is priced as if its lanes overlapped
-perfectly, and for a few, unlike each other, the simulator tells how much longer they take. It
-plays those with few layers: twice in a row, with two numbers of layers, so that what a step and
-what a layer adds in the steady state are differences. Requests are taken to generate all the
-tokens they may.
-
-The stages of a pipeline are played together, by the steps that rank 0 forms. Its blocks in flight
-take turns, so in the steady state a step takes as long as the stage that is busiest with it; a long
-job is then longer by what it takes to fill the stages before that one and to drain those behind it.
+A job's steps follow from its requests (`flexpipe.policy.rehearsal`), its ops from its steps, their
+costs from the machines. Short jobs are simulated whole, all ranks together. Of long ones every kind
+of step is priced as if a stage's lanes overlapped perfectly, and for a few kinds, unlike each
+other, the simulator tells how much longer they take it alone (`flexpipe.policy.steady`); then the
+steps pass the stages (`flexpipe.policy.flow`). Requests are taken to generate all the tokens they
+may.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import cycle
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from flexpipe.plan.block import Need, longest_first
 from flexpipe.plan.hardware import Emulation
-from flexpipe.plan.layer import LayerPlan
 from flexpipe.plan.plan import Plan
 from flexpipe.plan.tier import Tier
 from flexpipe.policy.cost import CostModel
 from flexpipe.policy.estimate import Work, step_work
+from flexpipe.policy.flow import FloatArray, StepShape, flow
 from flexpipe.policy.profile import LINKS, Profile
+from flexpipe.policy.rehearsal import Rehearsal, StepCounts, batches_of, row_of, unlike
+from flexpipe.policy.steady import Thinned, num_steps_played, steady_step
 from flexpipe.schedule.build import Steps, schedule
 from flexpipe.schedule.op import Lane, Op
-from flexpipe.schedule.places import Counts, IntArray, Part, Places, phases
+from flexpipe.schedule.places import Places, phases
 from flexpipe.schedule.relay import Relay
 from flexpipe.schedule.simulate import (
+    COMPUTING,
     OnCommit,
     RankOps,
     Simulated,
     SimulatedSpan,
     simulate_ranks,
 )
-from flexpipe.schedule.step import MicroBatch, Row
+from flexpipe.schedule.step import MicroBatch
 
 DRAWN_OPS = 5_000  # a timeline of more is hard to read
-FloatArray = npt.NDArray[np.float64]
-_GRAINS = (0.02, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)  # in powers of two of tokens
-_ROUNDS = 2  # the first fills the lanes, the second tells what one more takes
-FULL_BLOCKS = 4  # a job of more blocks than this is counted with every so manieth request
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,8 +166,8 @@ def predict_stages(
     Requests take places in `order`, the longest first if none is given.
     """
     queue = _queue(needs, order)
-    rehearsal = _Rehearsal.of(stages[0].plan, queue)
-    num_ops = sum(_count_ops(stage.plan, rehearsal) for stage in stages)
+    rehearsal = Rehearsal.of(stages[0].plan, queue)
+    num_ops = sum(rehearsal.count_ops(stage.plan) for stage in stages)
     if num_ops <= effort.exact_ops:
         return _whole([stage.costs() for stage in stages], queue, keep_spans)
     costs = [stage.costs(averaged=True) for stage in stages]
@@ -257,7 +246,7 @@ class _Player:
     """Answers a simulation as the job would."""
 
     def __init__(self, plan: Plan, needs: Sequence[Need]) -> None:
-        self.places: Places[Need] = Places(plan, needs, self._seat, _row)
+        self.places: Places[Need] = Places(plan, needs, self._seat, row_of)
         self.latencies_s: list[float] = []
         self._left: dict[tuple[int, int], int] = {}
         self._since_s: dict[tuple[int, int], float] = {}
@@ -324,96 +313,6 @@ class _Opening:
             yield None
 
 
-def _row(mb: int, part: Part) -> Row:
-    return Row(0, part.place, part.num_context, range(part.num_new), part.sampled)
-
-
-@dataclass(slots=True)
-class _Rehearsal:
-    """A job's steps as counts: what each micro-batch computes, and how often a step like it comes.
-
-    `stays` are the first and last step of each request.
-    """
-
-    steps: list[dict[int, Counts]]
-    weights: list[float]
-    stays: list[tuple[int, int]]
-
-    @classmethod
-    def of(cls, plan: Plan, needs: Sequence[Need]) -> _Rehearsal:
-        """Of all requests, or of every so manieth: then steps of the steady state, in which rows
-        leave and others wait, stand for so many more as make the tokens right."""
-        num_places = sum(mb.num_places for mb in plan.micro_batches)
-        every = max(1, len(needs) // (FULL_BLOCKS * num_places))
-        made = _Rehearse(plan, needs[::every]).run()
-        made._stretch(sum(need.output for need in needs))
-        return made
-
-    def _stretch(self, num_tokens: int) -> None:
-        """Weigh the steady steps so that all steps together sample `num_tokens`."""
-        sampled = np.array([sum(p.sampled.sum() for p in s.values()) for s in self.steps])
-        steady = np.array(self.weights) == 0
-        rest = float(sampled[~steady].sum())
-        factor = (num_tokens - rest) / max(1.0, float(sampled[steady].sum()))
-        self.weights = np.where(steady, factor, 1.0).tolist()
-
-
-class _Rehearse:
-    """Goes through a job's steps without costs; every micro-batch comes back at once. What is
-    steady has the weight 0."""
-
-    def __init__(self, plan: Plan, needs: Sequence[Need]) -> None:
-        self._left = [np.zeros(mb.num_places, np.int64) for mb in plan.micro_batches]
-        self._since = [np.zeros(mb.num_places, np.int64) for mb in plan.micro_batches]
-        self._blocks = plan.blocks
-        self._places: Places[Need] = Places(plan, needs, self._seat, _row)
-        self._made = _Rehearsal([], [], [])
-
-    def run(self) -> _Rehearsal:
-        made = self._made
-        for block in cycle(self._blocks):
-            if self._places.is_done:
-                break
-            is_steady = bool(made.stays) and not self._places.is_tail
-            step: dict[int, Counts] = {}
-            for mb in block:
-                parts = self._places.form(mb)
-                if parts is not None:
-                    step[mb] = parts
-                    self._take(mb, parts)
-            if step:
-                made.steps.append(step)
-                made.weights.append(0.0 if is_steady else 1.0)
-        return made
-
-    def _take(self, mb: int, parts: Counts) -> None:
-        self._places.advance(mb, parts)
-        sampled = parts.place[parts.sampled]
-        left = self._left[mb]
-        left[sampled] -= 1
-        ended = sampled[left[sampled] == 0]
-        self._places.go_on(mb, sampled)
-        if len(ended):
-            self._places.leave(mb, ended)
-            now = len(self._made.steps)
-            self._made.stays += [(int(first), now) for first in self._since[mb][ended]]
-
-    def _seat(self, mb: int, place: int, need: Need) -> int:
-        self._left[mb][place], self._since[mb][place] = need.output, len(self._made.steps)
-        return need.prompt
-
-
-def _count_ops(plan: Plan, rehearsal: _Rehearsal) -> float:
-    """About how many ops the job has."""
-    batches = sum(
-        weight * len(step) for step, weight in zip(rehearsal.steps, rehearsal.weights, strict=True)
-    )
-    per_layer = 1 + 2 * any(plan.slot_places(mb) for mb in plan.micro_batches)
-    per_layer += 2 * any(mb.hidden_home != plan.device_tier for mb in plan.micro_batches)
-    streams = 2 * len(plan.streamed_layers) * len(rehearsal.steps)
-    return batches * (per_layer * len(plan.layers) + 3) + streams
-
-
 def _prediction(
     costs: Sequence[CostModel],
     needs: Sequence[Need],
@@ -454,7 +353,7 @@ def _stage(rank: int, costs: CostModel, work: Work, bubble: float) -> StagePredi
     plan = costs.plan
     return StagePrediction(
         rank=rank,
-        num_layers=_num_decoders(plan),
+        num_layers=plan.num_decoder_layers,
         bound_s=work.bound_s,
         bottleneck=work.bottleneck,
         busy_s=dict(work.seconds),
@@ -469,270 +368,132 @@ def _summed(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 
 def _extrapolated(
-    costs: Sequence[CostModel], needs: Sequence[Need], rehearsal: _Rehearsal, effort: Effort
+    costs: Sequence[CostModel], needs: Sequence[Need], rehearsal: Rehearsal, effort: Effort
 ) -> Prediction:
-    thin = _thinned_alike([one.plan for one in costs], effort)
-    groups, group_of = _groups(rehearsal, effort.most_groups)
+    kinds, kind_of = rehearsal.kinds(effort.most_groups)
+    typical = [rehearsal.steps[index] for index in kinds]
+    stages = _Stages(costs, typical, rehearsal, effort)
+    seconds = np.array([one.seconds for one in stages.of_ranks])[:, kind_of]
     weights = np.array(rehearsal.weights)
-    samples, nearest = _representatives(thin, rehearsal, groups, effort)
-    scripts = [_batches(rehearsal.steps[index]) for index in groups]
-    works = [[step_work(one, list(script.values())) for one in costs] for script in scripts]
-    bounds = np.array([[work.bound_s for work in stages] for stages in works])
-    totals = [Work() for _ in costs]
-    for group, stages in enumerate(works):
-        for total, work in zip(totals, stages, strict=True):
-            total.add_all(work, float(weights[group_of == group].sum()))
-    steady = [_steady(costs, thin, scripts[sample]) for sample in samples]
-    # the layers played may stream less than those they stand for
-    ratios = np.maximum([one.ratio for one in steady], 1.0)
-    per_group = bounds.max(1) * ratios[nearest]
-    took = per_group[group_of]
-    ends = np.concatenate([[0.0], np.cumsum(took)])
-    stays = [ends[last + 1] - ends[first] for first, last in rehearsal.stays]
-    fill_s, drain_s = _edges(costs[0].plan, totals, bounds[group_of], rehearsal)
+    plan = costs[0].plan
+    shapes = [StepShape(_block_of(plan, step), len(step)) for step in rehearsal.steps]
+    went = flow(
+        plan.pipeline,
+        shapes,
+        seconds,
+        stages.message_s[kind_of],
+        stages.return_s[kind_of],
+        drains=plan.policy.strategy != "event",
+    )
+    took_s = went.took_s if len(costs) > 1 else seconds[0]
+    stays_s = [went.ends_s[last] - went.begins_s[first] for first, last in rehearsal.stays]
     prefills = np.array([any(not p.decodes.all() for p in s.values()) for s in rehearsal.steps])
-    run_s = float((took * weights).sum()) + fill_s + drain_s
-    prefill_s = float((took * weights)[prefills].sum()) + fill_s
+    prefill_s = float((took_s * weights)[prefills].sum())
+    decode_s = float((took_s * weights)[~prefills].sum())
+    often = np.bincount(kind_of, weights).astype(np.float64)
+    totals = [one.total(often) for one in stages.of_ranks]
     return _prediction(
         costs,
         needs,
         totals,
-        [1 - _active_s(total) / run_s for total in totals],
+        [1 - float(one.active_s @ often) / (prefill_s + decode_s) for one in stages.of_ranks],
         prefill_s=prefill_s,
-        decode_s=run_s - prefill_s,
-        latency_s=float(np.mean(stays)),
+        decode_s=decode_s,
+        latency_s=float(np.mean(stays_s)),
         num_steps=round(weights.sum()),
-        num_simulated=sum(one.num_ops for one in steady),
+        num_simulated=stages.num_simulated,
     )
 
 
-def _active_s(work: Work) -> float:
-    """Seconds in which something is computed, if what can overlap does."""
-    return max(work.seconds[lane.value] for lane in (Lane.COMPUTE, Lane.ATTEND_CPU))
+def _block_of(plan: Plan, step: Mapping[int, object]) -> int:
+    """Whose step it is."""
+    first = next(iter(step))
+    return next(index for index, block in enumerate(plan.blocks) if first in block)
 
 
-def _edges(
-    plan: Plan, totals: Sequence[Work], bounds: FloatArray, rehearsal: _Rehearsal
-) -> tuple[float, float]:
-    """Seconds to fill the stages before the slowest one, and to drain those behind it: each takes a
-    micro-batch's part of the first step, and of the last. Barriers drain every round, which its
-    steps' times hold already."""
-    if len(totals) == 1 or plan.policy.strategy != "event":
-        return 0.0, 0.0
-    slowest = int(np.argmax([total.bound_s for total in totals]))
-    first, last = (
-        bounds[index] / (max(1, len(rehearsal.steps[index])) * plan.pipeline.num_chunks)
-        for index in (0, -1)
+@dataclass(frozen=True, slots=True)
+class _StageTimes:
+    """What a stage has to do in each kind of step, how long that takes it alone, and in how much of
+    that time it computes."""
+
+    works: Sequence[Work]
+    seconds: FloatArray
+    active_s: FloatArray
+
+    def total(self, often: FloatArray) -> Work:
+        """All its work, where kinds come so often."""
+        total = Work()
+        for work, times in zip(self.works, often, strict=True):
+            total.add_all(work, float(times))
+        return total
+
+
+class _Stages:
+    """The stages' times in each kind of step; those of stages alike are found once.
+
+    The price with perfect overlap is exact. How much longer a step takes is found by playing a few
+    that are unlike, and taken for those most like them.
+    """
+
+    def __init__(
+        self,
+        costs: Sequence[CostModel],
+        typical: Sequence[StepCounts],
+        rehearsal: Rehearsal,
+        effort: Effort,
+    ) -> None:
+        self.num_simulated = 0
+        self._hop_s = costs[0].profile.overhead("hop")
+        self._scripts = [batches_of(step) for step in typical]
+        first_like = [next(other for other in costs if _alike(one, other)) for one in costs]
+        different = {id(one): one for one in first_like}
+        thin = {
+            key: Thinned.of(one.plan, effort.few, effort.more) for key, one in different.items()
+        }
+        played = sum(rehearsal.count_ops(plan) for both in thin.values() for plan in both)
+        per_step = num_steps_played(costs[0].plan) * played / sum(rehearsal.weights)
+        count = int(np.clip(effort.sampled_ops / max(1.0, per_step), effort.least, effort.most))
+        self._samples, self._nearest = unlike(typical, count)
+        found = {key: self._times(one, thin[key]) for key, one in different.items()}
+        self.of_ranks = [found[id(one)] for one in first_like]
+
+    def _times(self, costs: CostModel, thin: Thinned) -> _StageTimes:
+        works = [step_work(costs, list(script.values())) for script in self._scripts]
+        bounds = np.array([work.bound_s for work in works])
+        steady = [steady_step(costs, thin, self._scripts[sample]) for sample in self._samples]
+        self.num_simulated += sum(one.num_ops for one in steady)
+        ratios = np.array([one.seconds for one in steady]) / bounds[self._samples]
+        ratios = np.maximum(ratios, 1.0)  # layers played may stream less than those they stand for
+        alone_s = [max(work.seconds[lane.value] for lane in COMPUTING) for work in works]
+        stretch = np.array([one.stretch for one in steady])
+        active_s = np.array(alone_s) * stretch[self._nearest]
+        return _StageTimes(works, bounds * ratios[self._nearest], active_s)
+
+    @property
+    def message_s(self) -> FloatArray:
+        """What one micro-batch's hidden takes from the first stage to the next, by kind: onto the
+        sender's lane, over, and onto the receiver's next one."""
+        sent = [work.seconds[Lane.SEND.value] for work in self.of_ranks[0].works]
+        return np.array(sent) / [len(script) for script in self._scripts] + 2 * self._hop_s
+
+    @property
+    def return_s(self) -> FloatArray:
+        """What a step's tokens take from the last stage to the step that follows, by kind: the same
+        way, then COMMIT after COMMIT. A stage that is alone has that in its own times."""
+        if len(self.of_ranks) == 1:
+            return np.zeros(len(self._scripts))
+        first = [work.seconds for work in self.of_ranks[0].works]
+        back = [one[Lane.RECEIVE.value] + one[Lane.HOST.value] for one in first]
+        return np.array(back) + 3 * self._hop_s
+
+
+def _alike(one: CostModel, other: CostModel) -> bool:
+    """Whether two stages take the same for every step."""
+    if one is other:
+        return True
+    ours, theirs = one.plan, other.plan
+    return (
+        (ours.policy, ours.embeds, ours.has_head) == (theirs.policy, theirs.embeds, theirs.has_head)
+        and (one.profile, one.emulation) == (other.profile, other.emulation)
+        and [la.likeness for la in ours.layers] == [la.likeness for la in theirs.layers]
     )
-    return float(first[:slowest].sum()), float(last[slowest + 1 :].sum())
-
-
-def _groups(rehearsal: _Rehearsal, most: int) -> tuple[IntArray, IntArray]:
-    """Steps almost alike: of each kind the most typical one, and for every step its kind."""
-    features = np.array([_features(step) for step in rehearsal.steps])
-    for grain in _GRAINS:
-        kinds, group_of = np.unique(np.round(features / grain), axis=0, return_inverse=True)
-        group_of = group_of.reshape(-1)
-        if len(kinds) <= most:
-            break
-    typical = []
-    for group in range(len(kinds)):
-        members = np.flatnonzero(group_of == group)
-        tokens = 2.0 ** features[members]  # what a step costs is linear in tokens
-        gaps = np.abs(tokens / tokens.mean(0) - 1).sum(1)
-        typical.append(members[gaps.argmin()])
-    return np.array(typical), group_of
-
-
-def _representatives(
-    thin: Sequence[Sequence[Plan]], rehearsal: _Rehearsal, groups: IntArray, effort: Effort
-) -> tuple[list[int], IntArray]:
-    """Groups unlike each other, and for every group the one among them that is most like it."""
-    features = np.array([_features(rehearsal.steps[index]) for index in groups])
-    num_ops = sum(_count_ops(plan, rehearsal) for plans in thin for plan in plans)
-    num_played = _ROUNDS * thin[0][0].pipeline.num_blocks  # steps, to know one
-    per_step = max(1.0, num_played * num_ops / sum(rehearsal.weights))
-    count = int(np.clip(effort.sampled_ops / per_step, effort.least, effort.most))
-    chosen = [0]
-    distance = _distances(features, chosen[0])
-    while len(chosen) < min(count, len(features)):
-        chosen.append(int(distance.argmax()))
-        distance = np.minimum(distance, _distances(features, chosen[-1]))
-    to_each = np.stack([_distances(features, index) for index in chosen])
-    return chosen, to_each.argmin(0)
-
-
-def _features(step: Mapping[int, Counts]) -> tuple[float, ...]:
-    """On logarithmic axes: new tokens, keys that decoding rows see, and rows that are sampled."""
-    new = sum(int(parts.num_new.sum()) for parts in step.values())
-    seen = sum(int(parts.num_context.sum()) for parts in step.values())
-    sampled = sum(int(parts.sampled.sum()) for parts in step.values())
-    return float(np.log2(1 + new)), float(np.log2(64 + seen)), float(np.log2(1 + sampled))
-
-
-def _distances(features: np.ndarray[tuple[int, int], np.dtype[np.float64]], index: int) -> IntArray:
-    gaps: IntArray = np.abs(features - features[index]).sum(1)
-    return gaps
-
-
-class _Steady(NamedTuple):
-    """How much longer one step takes in the steady state than its busiest lane or link, and the ops
-    that were played to know."""
-
-    ratio: float
-    num_ops: int
-
-
-class _Again(NamedTuple):
-    """What one more round of equal steps takes, what a step's busiest lane needs, ops played."""
-
-    seconds: float
-    bound_s: float
-    num_ops: int
-
-
-def _steady(
-    costs: Sequence[CostModel],
-    thin: Sequence[Sequence[Plan]],
-    step: Mapping[int, MicroBatch],
-) -> _Steady:
-    """One more step like those before it, of all layers."""
-    few, more = (_again(costs, plans, step) for plans in thin)
-    num_few, num_more, num_all = (
-        sum(map(_num_decoders, plans)) for plans in (*thin, [one.plan for one in costs])
-    )
-    factor = (num_all - num_more) / (num_more - num_few) if num_more > num_few else 0.0
-    seconds = more.seconds + factor * (more.seconds - few.seconds)
-    bound_s = more.bound_s + factor * (more.bound_s - few.bound_s)
-    if len(costs) == 1:  # of several stages not quite the same part was played
-        bound_s = step_work(costs[0], list(step.values())).bound_s
-    return _Steady(seconds / bound_s, few.num_ops + more.num_ops)
-
-
-def _again(
-    costs: Sequence[CostModel], plans: Sequence[Plan], step: Mapping[int, MicroBatch]
-) -> _Again:
-    """What a step takes in the second of two rounds, in which every block makes an equal one."""
-    thin = [
-        CostModel(plan, one.profile, one.emulation, averaged=True)
-        for plan, one in zip(plans, costs, strict=True)
-    ]
-    script = _Script(_for_all_blocks(plans[0], step))
-    made = _play(thin, script.steps, script.commit)
-    first_s, second_s = script.ends_s
-    batches = list(step.values())
-    return _Again(
-        seconds=(second_s - first_s) / plans[0].pipeline.num_blocks,
-        bound_s=max(step_work(one, batches).bound_s for one in thin),
-        num_ops=sum(sum(one.num_ops.values()) for one in made),
-    )
-
-
-def _batches(step: Mapping[int, Counts]) -> dict[int, MicroBatch]:
-    return {
-        mb: MicroBatch(mb, tuple(map(partial(_row, mb), parts.parts))) for mb, parts in step.items()
-    }
-
-
-def _for_all_blocks(plan: Plan, step: Mapping[int, MicroBatch]) -> list[list[MicroBatch]]:
-    """A block's step for each of the blocks, as far as their places go."""
-    (own,) = {index for index, block in enumerate(plan.blocks) if set(step) <= set(block)}
-    made = []
-    for block in plan.blocks:
-        pairs = zip(plan.blocks[own], block, strict=False)
-        alike = [(step[mine], other) for mine, other in pairs if mine in step]
-        made.append([_moved_to(plan, batch, other) for batch, other in alike])
-    return made
-
-
-def _moved_to(plan: Plan, batch: MicroBatch, mb: int) -> MicroBatch:
-    """The same rows in another micro-batch, at least one of them."""
-    places = plan.micro_batches[mb].num_places
-    rows = [row for row in batch.rows if row.place < places]
-    return MicroBatch(mb, tuple(rows or [replace(batch.rows[0], place=0)]))
-
-
-class _Script:
-    """Every block's step, as often as there are rounds."""
-
-    def __init__(self, blocks: Sequence[Sequence[MicroBatch]]) -> None:
-        self.ends_s = [0.0] * _ROUNDS
-        # equal, but not the same: what is known of a micro-batch is kept per object
-        self._steps = [
-            [MicroBatch(batch.index, batch.rows) for batch in block]
-            for _ in range(_ROUNDS)
-            for block in blocks
-        ]
-        self._num_blocks = len(blocks)
-        self._in_flight: dict[int, int] = {}
-
-    def steps(self, index: int) -> Iterator[MicroBatch | None] | None:
-        if index >= len(self._steps) and not self._in_flight:
-            return None
-        return self._step(index)
-
-    def commit(self, batch: MicroBatch, now_s: float) -> None:
-        self.ends_s[self._in_flight.pop(batch.index)] = now_s
-
-    def _step(self, index: int) -> Iterator[MicroBatch | None]:
-        for batch in self._steps[index % len(self._steps)]:
-            while batch.index in self._in_flight:
-                yield None
-            if index < len(self._steps):
-                self._in_flight[batch.index] = index // self._num_blocks
-                yield batch
-
-
-def _num_decoders(plan: Plan) -> int:
-    return len(_decoders(plan.layers))
-
-
-def _decoders(layers: Iterable[LayerPlan]) -> list[int]:
-    """Decoder layers of which there are parts among `layers`, ascending."""
-    return sorted({layer.layer for layer in layers if layer.layer is not None})
-
-
-def _thinned_alike(plans: Sequence[Plan], effort: Effort) -> tuple[list[Plan], list[Plan]]:
-    """The stages with few of their decoder layers, and with some more: the same part of each."""
-    longest = max(len(_decoders(chunk)) for plan in plans for chunk in plan.chunks)
-    few, more = effort.few, effort.more
-    if len(plans) > 1:  # the ops of all ranks are played, and of all blocks
-        few, more = max(1, few // 2), max(2, more // 3)
-    if longest <= more:
-        return [*plans], [*plans]
-    thin = [_thinned(plan, few / longest, more / longest) for plan in plans]
-    return [one for one, _ in thin], [other for _, other in thin]
-
-
-def _thinned(plan: Plan, few: float, more: float) -> tuple[Plan, Plan]:
-    """The plan with these parts of each chunk's decoder layers. They lie next to each other, what
-    there is more of them behind; and are those whose homes are most like those of all, since they
-    stand for the rest."""
-    kept_few, kept_more = set[int](), set[int]()
-    for chunk in plan.chunks:
-        decoders = _decoders(chunk)
-        num_more = max(1, round(more * len(decoders)))
-        num_few = max(1, min(num_more, round(few * len(decoders))))
-        first = _typical(chunk, decoders, num_few, num_more)
-        kept_few.update(decoders[first : first + num_few])
-        kept_more.update(decoders[first : first + num_more])
-    return _only(plan, kept_few), _only(plan, kept_more)
-
-
-def _typical(layers: Sequence[LayerPlan], decoders: Sequence[int], few: int, more: int) -> int:
-    """Where to begin so that the layers between `few` and `more` stream as much as all do."""
-    index_of = {layer: index for index, layer in enumerate(decoders)}
-    streamed = np.zeros((len(decoders), 2))
-    for layer in layers:
-        if layer.layer is not None:
-            moved = layer.streamed.pack_bytes, layer.streamed.read_bytes
-            streamed[index_of[layer.layer]] += moved
-    sums = np.concatenate([np.zeros((1, 2)), np.cumsum(streamed, 0)])
-    added = sums[more:] - sums[few : few + len(sums) - more]
-    return int(np.abs(added - (more - few) * streamed.mean(0)).sum(1).argmin())
-
-
-def _only(plan: Plan, decoders: AbstractSet[int]) -> Plan:
-    """The plan without the other decoder layers."""
-    kept = [layer for layer in plan.layers if layer.layer is None or layer.layer in decoders]
-    return replace(plan, layers=tuple(replace(layer, position=i) for i, layer in enumerate(kept)))

@@ -23,7 +23,7 @@ from flexpipe.schedule.step import MicroBatch
 
 RUN_AHEAD = 512  # ops taken and not done
 _NEVER = float("inf")  # seconds
-_COMPUTING = (Lane.COMPUTE, Lane.ATTEND_CPU)
+COMPUTING = (Lane.COMPUTE, Lane.ATTEND_CPU)  # a rank that does neither idles
 
 Pairs = Mapping[tuple[str, str], float]
 
@@ -308,7 +308,7 @@ class _Rank:
                 one.hop_s = 0.0 if one.hop_s <= step_s else one.hop_s - step_s
             else:
                 one.left_s -= step_s * one.speed
-                active = active or lane in _COMPUTING
+                active = active or lane in COMPUTING
         if active:
             self.made.active_s += step_s
 
