@@ -204,8 +204,11 @@ def _scale_weights(model: torch.nn.Module, seed: int) -> None:
                 weight.copy_(noise * gain / weight.shape[1] ** 0.5)
 
 
-def widened_checkpoint(source: Path, target: Path, knobs: Mapping[str, Any]) -> Path:
-    """A copy in float32 whose matrices hold what the `compress_*` knobs leave of them."""
+def widened_checkpoint(
+    source: Path, target: Path, knobs: Mapping[str, Any], num_shards: int = 1
+) -> Path:
+    """A copy in float32 whose matrices hold what the `compress_*` knobs leave of them, each shard's
+    part of a row by itself."""
     from safetensors.torch import load_file, save_file
 
     from flexpipe.kernels.codec import compress, widen
@@ -220,10 +223,11 @@ def widened_checkpoint(source: Path, target: Path, knobs: Mapping[str, Any]) -> 
     for spec in model_tensors(config):
         codec = policy.vocabulary_codec if meets_vocabulary(spec) else policy.weight_codec
         if codec is not None and is_shared(spec):
-            matrix = tensors[spec.name]
-            rows = torch.empty(len(matrix), codec.row_bytes(matrix.shape[1]), dtype=torch.uint8)
-            compress(matrix, codec, rows)
-            widen(rows, codec, matrix)
+            split = num_shards if spec.role in ("o_proj", "down_proj") else 1
+            for matrix in tensors[spec.name].chunk(split, 1):
+                rows = torch.empty(len(matrix), codec.row_bytes(matrix.shape[1]), dtype=torch.uint8)
+                compress(matrix, codec, rows)
+                widen(rows, codec, matrix)
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     return target
 

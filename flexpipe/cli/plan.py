@@ -83,7 +83,8 @@ def plan(
     limits = Limits(
         max_latency_s=max_latency_s, max_disk_writes=max_disk_writes, compression=compression
     )
-    outlook, today = inquiry.outlook(given, made_for), date.today().isoformat()
+    outlook = inquiry.outlook(given, made_for, num_shards=arrangement.num_shards)
+    today = date.today().isoformat()
     found: Proposal | PipelineProposal
     if arrangement.num_stages > 1:
         found = propose_pipeline(outlook, stage_given, arrangement, limits, today)

@@ -58,7 +58,7 @@ def simulate(
     from flexpipe.job.timeline import play  # numpy is not needed for --help
 
     draws = output_path is not None
-    outlook = inquiry.outlook(given, made_for)
+    outlook = inquiry.outlook(given, made_for, num_shards=arrangement.num_shards)
     made = play(outlook, stage_given, arrangement, draws=draws, num_steps=num_steps)
     if output_path is not None:
         made.draw(output_path)

@@ -48,7 +48,7 @@ class Work:
 @dataclass(frozen=True, kw_only=True)
 class Events:
     """Who is told how far a stage is: the name of a phase, that its weights are loaded, the
-    dispatcher at the start, the first failure before others notice."""
+    dispatcher at the start, and of a failure before other stages notice."""
 
     phase: Callable[[str], None] = lambda name: None
     loaded: Callable[[], None] = lambda: None

@@ -19,10 +19,11 @@ from flexpipe.job.params import SamplingParams
 from flexpipe.job.spec import DEFAULT_OFFLOAD_DIR, checked_emulation
 from flexpipe.memory.dummy import find_shape
 from flexpipe.memory.paper import paper_forms, tensors_of
-from flexpipe.model.config import ModelConfig
+from flexpipe.memory.shards import shard_tensors
+from flexpipe.model.config import ModelConfig, Shard, shard_config
 from flexpipe.model.families import read_config
 from flexpipe.plan.arrangement import Arrangement
-from flexpipe.plan.block import Need
+from flexpipe.plan.block import Need, Queue
 from flexpipe.plan.hardware import Emulation
 from flexpipe.plan.pipeline import Pipeline
 from flexpipe.plan.placement import Stored
@@ -61,11 +62,13 @@ class Shape:
     directory: Path | None
 
     @classmethod
-    def open(cls, model: str, revision: str | None = None) -> Shape:
-        """Of a checkpoint's directory, a hub name, a preset or a bare config.json."""
+    def open(cls, model: str, revision: str | None = None, *, num_shards: int = 1) -> Shape:
+        """Of a checkpoint's directory, a hub name, a preset or a bare config.json; with several
+        shards, the first one's, which has the most to do."""
         directory, hf_config = find_shape(model, revision)
-        config = read_config(hf_config)
-        stored = tensors_of(directory, config)
+        whole = read_config(hf_config)
+        config = shard_config(whole, Shard(0, num_shards))
+        stored = shard_tensors(config, tensors_of(directory, whole))
         return cls(name=model, config=config, stored=stored, directory=directory)
 
 
@@ -153,24 +156,22 @@ class Outlook:
     @property
     def stage_model(self) -> Model:
         """The model, for whoever shares it among ranks."""
-        return Model(
-            num_layers=self.shape.config.num_layers,
-            needs=self.needs,
-            make_planner=self._stage_planner,
-        )
+        config, queue = self.shape.config, Queue.of(self.needs)
 
-    def _stage_planner(self, pipeline: Pipeline, rank: int, budgets: Budgets) -> Planner:
-        return Planner(
-            self.shape.config,
-            self.needs,
-            self.shape.stored,
-            budgets,
-            device_tier=self.device_tier,
-            compute_dtype=self.compute_dtype,
-            form_of=paper_forms(self.shape.config),
-            pipeline=pipeline,
-            rank=rank,
-        )
+        def planner(pipeline: Pipeline, rank: int, budgets: Budgets) -> Planner:
+            return Planner(
+                config,
+                queue,
+                self.shape.stored,
+                budgets,
+                device_tier=self.device_tier,
+                compute_dtype=self.compute_dtype,
+                form_of=paper_forms(config),
+                pipeline=pipeline,
+                rank=rank,
+            )
+
+        return Model(num_layers=config.num_layers, needs=self.needs, make_planner=planner)
 
     def sites(self, stage_given: Sequence[Mapping[str, Any]]) -> list[Site]:
         """As many machines like this one, one for each stage."""
@@ -255,10 +256,12 @@ class Inquiry:
         made_for: MadeFor | None = None,
         *,
         needs_rates: bool = True,
+        num_shards: int = 1,
     ) -> Outlook:
         """Look at model, requests and machine; `given` are the policy's knobs, `made_for` the model
-        they were found for, if they were."""
-        shape = Shape.open(self.model, self.revision)
+        they were found for, if they were. With several shards all is of one, on a machine of its
+        own."""
+        shape = Shape.open(self.model, self.revision, num_shards=num_shards)
         if made_for is not None:
             made_for.check(shape.name, shape.config)
         needs = self._needs(shape, given)

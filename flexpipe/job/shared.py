@@ -34,7 +34,7 @@ def _predicted(
     sites = outlook.sites([given] * count)
     even = Arrangement(num_stages=count, partition="even")
     try:
-        best = search_pipeline(outlook.stage_model, sites, even, limits, num_played=1).best
+        best = search_pipeline(outlook.stage_model, sites, even, limits, coarse=True).best
     except PolicyError:
         return None
     return None if best is None else best.prediction
@@ -59,14 +59,16 @@ def shared_table(by_count: Mapping[int, Prediction | None]) -> str:
 def shared_dict(by_count: Mapping[int, Prediction | None]) -> dict[str, dict[str, Any] | None]:
     """Plain values."""
     return {
-        str(count): made
-        and {
-            "generated_tokens_per_s": made.generated_tokens_per_s,
-            "run_s": made.run_s,
-            "bottleneck": made.bottleneck,
-            "bubble": _mean_bubble(made),
-        }
-        for count, made in by_count.items()
+        str(count): None if made is None else _figures(made) for count, made in by_count.items()
+    }
+
+
+def _figures(made: Prediction) -> dict[str, Any]:
+    return {
+        "generated_tokens_per_s": made.generated_tokens_per_s,
+        "run_s": made.run_s,
+        "bottleneck": made.bottleneck,
+        "bubble": _mean_bubble(made),
     }
 
 

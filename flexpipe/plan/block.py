@@ -56,6 +56,10 @@ class MicroBatchPlan:
         """Places whose KV cache rests on `tier`, ascending."""
         return tuple(place for place, home in enumerate(self.kv_homes) if home == tier)
 
+    def num_places_on(self, tier: Tier) -> int:
+        """How many of them there are."""
+        return self.kv_homes.count(tier)
+
     def region_bytes(self, tier: Tier, token_bytes: int) -> int:
         """Bytes of one place in one layer; whole pages on disk."""
         num_bytes = self.region_tokens * token_bytes
@@ -67,9 +71,22 @@ def longest_first(needs: Sequence[Need]) -> list[int]:
     return sorted(range(len(needs)), key=lambda i: (-needs[i].total, -needs[i].prompt, i))
 
 
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """All requests, in the order they take places, and the longest prompt among them."""
+
+    needs: tuple[Need, ...]
+    longest_prompt: int
+
+    @classmethod
+    def of(cls, needs: Sequence[Need]) -> Queue:
+        ordered = tuple(needs[index] for index in longest_first(needs))
+        return cls(ordered, max(need.prompt for need in needs))
+
+
 def block_shape(
     policy: Policy,
-    needs: Sequence[Need],
+    queue: Queue,
     *,
     token_bytes: int,
     hidden_bytes: int,
@@ -80,13 +97,12 @@ def block_shape(
     `token_bytes` is what a token's keys and values take in one layer, `hidden_bytes` its hidden.
     """
     num_places = _num_places(policy) * num_blocks
-    first = [needs[index] for index in longest_first(needs)[:num_places]]
+    first = queue.needs[:num_places]
     size = policy.micro_batch_size
     groups = [first[start : start + size] for start in range(0, len(first), size)]
-    longest_prompt = max(need.prompt for need in needs)
     regions = [max(need.total for need in group) for group in groups]
     tokens = [
-        min(policy.max_batch_tokens, max(len(group) * longest_prompt, len(group)))
+        min(policy.max_batch_tokens, max(len(group) * queue.longest_prompt, len(group)))
         for group in groups
     ]
     kv_sizes = [

@@ -40,6 +40,23 @@ class LayerKind(StrEnum):
     SEND = "send"  # hidden to the stage after
 
 
+class Piece(StrEnum):
+    """What of a decoder layer may be computed by itself."""
+
+    QKV = "qkv"
+    ATTEND = "attend"
+    OUT = "out"
+    MLP = "mlp"
+
+
+_ATTENTION = frozenset({Piece.QKV, Piece.ATTEND, Piece.OUT})
+_PIECES = {
+    LayerKind.DECODER: frozenset(Piece),
+    LayerKind.ATTENTION: _ATTENTION,
+    LayerKind.MLP: frozenset({Piece.MLP}),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerPlan:
     """One layer of the stage: its parts, and how those that travel lie in a slot.
@@ -67,6 +84,11 @@ class LayerPlan:
     @property
     def has_kv_cache(self) -> bool:
         return self.kind in (LayerKind.DECODER, LayerKind.ATTENTION)
+
+    @property
+    def pieces(self) -> frozenset[Piece]:
+        """Those of a decoder layer that are its."""
+        return _PIECES.get(self.kind, frozenset())
 
     @property
     def reads_disk(self) -> bool:

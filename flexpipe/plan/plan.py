@@ -24,7 +24,7 @@ from flexpipe.model.cost import (
     widen_bytes,
     workspace_bytes,
 )
-from flexpipe.plan.block import KV_PAGE, MicroBatchPlan, Need, block_ranges, block_shape
+from flexpipe.plan.block import KV_PAGE, MicroBatchPlan, Need, Queue, block_ranges, block_shape
 from flexpipe.plan.codec import Codec
 from flexpipe.plan.layer import LayerKind, LayerPlan, stage_layers
 from flexpipe.plan.layout import PACK_ALIGN, round_up
@@ -46,7 +46,7 @@ NUM_HIDDEN_SLOTS = 3
 NUM_STAGES = 2  # host buffers on the way between disk and accelerator: one fills, one drains
 NUM_EMBED_SLOTS = 2
 NUM_ATTENTION_SLOTS = 2  # one micro-batch attends on the CPU, another one on the device
-NUM_PARTIAL_SLOTS = 2  # one is filled, one summed over the shards
+NUM_PARTIAL_SLOTS = 3  # of a micro-batch's two halves, and of another one's that computes meanwhile
 # What the process takes beside the pools; 0 to 75 MiB were seen. While loading: two buffers of 32
 # MiB and the bounce ring (16 MiB). Later BLAS's packing buffers and the holes that prompts of many
 # lengths leave in the allocator's heaps.
@@ -342,16 +342,17 @@ class Plan:
         pools = []
         for tier in Tier:
             rooms = (
-                len(mb.places(tier)) * mb.region_bytes(tier, token_bytes)
+                mb.num_places_on(tier) * mb.region_bytes(tier, token_bytes)
                 for mb in self.micro_batches
             )
             pools.append(PoolPlan(name="KV cache", tier=tier, slot_bytes=layers * sum(rooms)))
         slot = max(
-            len(self.slot_places(mb)) * self.slot_region_bytes(mb) for mb in self.micro_batches
+            (mb.num_places - mb.num_places_on(self.device_tier)) * self.slot_region_bytes(mb)
+            for mb in self.micro_batches
         )
-        on_disk = sum(len(mb.places(Tier.DISK)) for mb in self.micro_batches)
+        on_disk = sum(mb.num_places_on(Tier.DISK) for mb in self.micro_batches)
         stage = max(
-            len(mb.places(Tier.DISK)) * self.slot_region_bytes(mb) for mb in self.micro_batches
+            mb.num_places_on(Tier.DISK) * self.slot_region_bytes(mb) for mb in self.micro_batches
         )
         pools += [
             PoolPlan(
@@ -440,7 +441,7 @@ class Plan:
         if not self.attends_on_cpu:
             return []
         tokens = max(mb.max_new_tokens for mb in self.micro_batches)
-        rows = max(len(mb.places(Tier.CPU)) for mb in self.micro_batches)
+        rows = max(mb.num_places_on(Tier.CPU) for mb in self.micro_batches)
         return [
             PoolPlan(
                 name="attention slots",
@@ -589,7 +590,7 @@ class Planner:
     def __init__(
         self,
         config: ModelConfig,
-        needs: Sequence[Need],
+        needs: Sequence[Need] | Queue,
         stored: Mapping[str, Stored],
         budgets: Budgets,
         *,
@@ -604,7 +605,7 @@ class Planner:
         self._config = config
         self._pipeline = pipeline or Pipeline.whole(config.num_layers)
         self._rank = rank
-        self._needs = needs
+        self._queue = needs if isinstance(needs, Queue) else Queue.of(needs)
         self._stored = stored
         self._budgets = budgets
         self._device_tier = device_tier
@@ -681,7 +682,7 @@ class Planner:
         if key not in self._blocks:
             self._blocks[key] = block_shape(
                 policy,
-                self._needs,
+                self._queue,
                 token_bytes=kv_token_bytes(self._config, self._compute_dtype, codec),
                 hidden_bytes=self._config.hidden_size * DTYPE_BYTES[self._compute_dtype],
                 num_blocks=self._pipeline.num_blocks,

@@ -59,8 +59,10 @@ class Choices:
         *,
         max_latency_s: float | None = None,
         max_disk_writes: float | None = None,
+        coarse: bool = False,
     ) -> None:
-        """At most `max_disk_writes` bytes go to disk per 1,000 generated tokens."""
+        """At most `max_disk_writes` bytes go to disk per 1,000 generated tokens. `coarse` leaves
+        out every other size and number of micro-batches."""
         self.given = given
         self.fixed = {name: given[name] for name in KINDS if name in given}
         self.demand = Demand.of(needs)
@@ -69,6 +71,8 @@ class Choices:
         self._num_rows = -(-len(needs) // planner.pipeline.num_blocks)
         self._machine = machine
         self._max_latency_s = max_latency_s
+        every = 2 if coarse else 1
+        self._sizes, self._counts = SIZES[::every], COUNTS[::every]
         tokens = self.demand.num_requests * self.demand.output
         self._most_written = inf if max_disk_writes is None else max_disk_writes * tokens / 1000
         self._programmes: dict[object, SharesProgramme] = {}
@@ -101,8 +105,8 @@ class Choices:
         given, rows = self.given, self._num_rows
         most = given.get("max_batch_tokens")
         enough = min((size for size in SIZES if size >= rows), default=SIZES[0])
-        sizes = [given["micro_batch_size"]] if "micro_batch_size" in given else SIZES
-        counts = [given["num_micro_batches"]] if "num_micro_batches" in given else COUNTS
+        sizes = [given["micro_batch_size"]] if "micro_batch_size" in given else self._sizes
+        counts = [given["num_micro_batches"]] if "num_micro_batches" in given else self._counts
         for size, count in product(sizes, counts):
             fits = len(sizes) == 1 or (size <= enough and (most is None or size <= most))
             needed = len(counts) == 1 or count == 1 or size * (count // 2) < rows

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from flexpipe.model.cost import num_attended
 from flexpipe.plan.block import KV_PAGE, Need
-from flexpipe.plan.layer import LayerKind, LayerPlan
+from flexpipe.plan.layer import LayerKind, LayerPlan, Piece
 from flexpipe.plan.plan import Plan
 from flexpipe.plan.tier import Tier
 from flexpipe.policy.cost import Attention, CostModel, Shape
@@ -260,15 +260,34 @@ def _kinds(
     if layer.has_kv_cache:
         for kind in _cache_kinds(plan, shape):
             yield kind, None
+    is_split = plan.config.is_split
     if apart:
         for kind in (Kind.MOVE_QUERY, Kind.ATTEND_CPU, Kind.MOVE_OUTPUT):
             yield kind, None
         yield Kind.COMPUTE, Segment.QKV
         if any(shape.here.values()):
             yield Kind.COMPUTE, Segment.ATTEND
-        yield Kind.COMPUTE, Segment.OUT
-    else:
+        yield Kind.COMPUTE, Segment.PROJECT if is_split else Segment.OUT
+    elif is_split and layer.has_kv_cache:
+        yield Kind.COMPUTE, Segment.ATTENTION
+    elif not (is_split and layer.kind == LayerKind.MLP):
         yield Kind.COMPUTE, None
+    if is_split:
+        yield from _sum_kinds(plan, layer)
+
+
+def _sum_kinds(plan: Plan, layer: LayerPlan) -> Iterator[tuple[Kind, Segment | None]]:
+    """What follows the first part of a shard's layer."""
+    is_slice = layer.kind == LayerKind.HEAD and layer is not plan.layers[-1]
+    if layer.kind != LayerKind.MLP and not is_slice:
+        yield Kind.ALL_REDUCE, None
+    if layer.has_kv_cache and plan.config.post_norm:
+        yield Kind.COMPUTE, Segment.AFTER_ATTENTION
+    if Piece.MLP in layer.pieces:
+        yield Kind.COMPUTE, Segment.MLP
+        yield Kind.ALL_REDUCE, None
+        if plan.config.post_norm:
+            yield Kind.COMPUTE, Segment.AFTER_MLP
 
 
 def _hidden_kinds(plan: Plan, layer: LayerPlan, batch: MicroBatch) -> Iterator[Kind]:

@@ -81,7 +81,7 @@ class _Best(NamedTuple):
     """What the ranks from some one on come to at best, and the layers of the first of them."""
 
     cost: float
-    count: int
+    num_layers: int
 
 
 class _Table:
@@ -106,7 +106,7 @@ class _Table:
         best = self._best(lambda took, rest: took * took + rest, most_s)
         counts, left = [], self._num_layers
         for rank in range(self._num_stages):
-            counts.append(best[rank][left].count)
+            counts.append(best[rank][left].num_layers)
             left -= counts[-1]
         return tuple(counts)
 

@@ -88,11 +88,11 @@ def search_pipeline(
     arrangement: Arrangement,
     limits: Limits | None = None,
     *,
-    num_played: int = MOST_REPLAYS,
+    coarse: bool = False,
 ) -> FoundPipeline:
-    """The fastest pipeline over the ranks' sites that keeps what is given for each; `num_played`
-    shapes at most are played."""
-    return _Search(model, sites, arrangement, limits or Limits(), num_played).run()
+    """The fastest pipeline over the ranks' sites that keeps what is given for each; a `coarse`
+    search looks at every other shape, and plays the most promising one."""
+    return _Search(model, sites, arrangement, limits or Limits(), coarse).run()
 
 
 def best_pipeline(
@@ -197,13 +197,13 @@ class _Search:
         sites: Sequence[Site],
         arrangement: Arrangement,
         limits: Limits,
-        num_played: int,
+        coarse: bool,
     ) -> None:
         self._model = model
         self._sites = sites
         self._arrangement = arrangement
         self._limits = limits
-        self._num_played = num_played
+        self._coarse = coarse
         self._scored: list[ScoredPipeline] = []
         self._refused: list[tuple[ScoredPipeline, str]] = []
         self._kinds = [_first_like(sites, site) for site in sites]
@@ -216,7 +216,7 @@ class _Search:
         wholes = stages.wholes()
         self._replay(stages, wholes)
         is_free = not any("max_batch_tokens" in site.given for site in self._sites)
-        if self._scored and is_free and self._num_played > 1:
+        if self._scored and is_free and not self._coarse:
             for tokens in OTHER_TOKENS:
                 self._replay(stages, stages.with_tokens(wholes[0], tokens))
         scored = sorted(self._scored, key=lambda one: one.run_s)
@@ -275,14 +275,15 @@ class _Search:
             site.machine,
             max_latency_s=self._limits.max_latency_s,
             max_disk_writes=self._limits.max_disk_writes,
+            coarse=self._coarse,
         )
 
     def _replay(self, stages: _Stages, wholes: Sequence[_Whole]) -> None:
         """Play the first few shapes, while an estimate can win."""
-        num_played = 0
+        num_played, most = 0, 1 if self._coarse else MOST_REPLAYS
         for whole in wholes:
             fastest = min((scored.run_s for scored in self._scored), default=inf)
-            if num_played == self._num_played or whole.seconds > OPTIMISM * fastest:
+            if num_played == most or whole.seconds > OPTIMISM * fastest:
                 return
             num_played += self._play(stages, whole)
 

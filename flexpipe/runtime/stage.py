@@ -29,7 +29,6 @@ from flexpipe.model import segments
 from flexpipe.model.batch import Batch, RopeTable, RowSpan
 from flexpipe.model.cost import (
     attend_flops,
-    decoder_flops,
     head_flops,
     mlp_flops,
     num_attended,
@@ -39,13 +38,13 @@ from flexpipe.model.cost import (
 from flexpipe.model.matmul import CompressedWeight
 from flexpipe.model.sampling import choose
 from flexpipe.model.workspace import Workspace
-from flexpipe.plan.layer import LayerKind, LayerPlan
+from flexpipe.plan.layer import LayerKind, LayerPlan, Piece
 from flexpipe.plan.plan import Plan, PoolPlan
 from flexpipe.plan.tier import Tier
 from flexpipe.runtime.device import Device
 from flexpipe.runtime.ranks import place_name
 from flexpipe.runtime.transport import Transport
-from flexpipe.schedule.op import Kind, Lane, Op, Segment
+from flexpipe.schedule.op import Kind, Lane, Op, Segment, pieces_of
 from flexpipe.schedule.step import MicroBatch, Row
 
 _APART = (Segment.QKV, Segment.ATTEND, Segment.OUT, Segment.PROJECT)  # with attention on the CPU
@@ -401,7 +400,7 @@ class Stage:
             leaving_TH = typed(self._messages[0], self._dtype, hidden_TH.shape)
             torch.index_select(hidden_TH, 0, self._to_device(order_T), out=leaving_TH)
             hidden_TH = leaving_TH
-        self._transport.send(hidden_TH)
+        self._send(hidden_TH)
 
     def _receive_tokens(self, op: Op) -> None:
         """Sampled rows of all micro-batches, by ascending place: tokens and whether they mean
@@ -419,23 +418,36 @@ class Stage:
         for layout, where in self._sampled_in(op):
             for target, source in zip(leaving, self._fetched[layout.source.index], strict=True):
                 target[where] = source[: len(where)].to(target.dtype)
-        self._transport.send(leaving)
+        self._send(leaving)
+
+    def _send(self, message: Tensor) -> None:
+        """A message counts on the link of the rank that sends it."""
+        assert self._transport is not None
+        start = time.perf_counter()
+        self._transport.send(message)
+        self._device.comm.deliver(message.nbytes, start)
+
+    def _sum(self, parts: Tensor) -> None:
+        """Each shard sends and receives a part of the bytes twice, less its own."""
+        assert self._transport is not None
+        start, size = time.perf_counter(), self.plan.config.shard.size
+        self._transport.all_reduce(parts)
+        self._device.comm.deliver(2 * (size - 1) * parts.nbytes // size, start)
 
     def _all_reduce(self, op: Op) -> None:
         """What the shards have computed of the first hidden, of the logits, or of what a half of a
         layer adds to hidden."""
-        assert self._transport is not None
         layer = self._layer(op)
         if layer.kind == LayerKind.HEAD:
             batch = self._rows(op)
-            self._transport.all_reduce(self._logits_view(batch.index, batch.num_sampled))
+            self._sum(self._logits_view(batch.index, batch.num_sampled))
             return
         hidden_TH = self._hidden.view(self._rows(op), op.hidden_slot)
         if layer.kind == LayerKind.EMBED:
-            self._transport.all_reduce(hidden_TH)
+            self._sum(hidden_TH)
             return
         partial_TH = self._partial(op)
-        self._transport.all_reduce(partial_TH)
+        self._sum(partial_TH)
         hidden_TH.add_(partial_TH)
         if self._device.has_streams:
             torch.accelerator.current_stream().synchronize()
@@ -650,30 +662,22 @@ class Stage:
             assert layer.vocab is not None
             share = (layer.vocab[1] - layer.vocab[0]) / len(config.vocab_rows)
             return int(head_flops(config, batch.num_sampled) * share)
-        mlp = mlp_flops(config, batch.num_new)
-        if op.segment in (Segment.AFTER_ATTENTION, Segment.AFTER_MLP):
-            return 0
-        if layer.kind == LayerKind.MLP or op.segment == Segment.MLP:
-            return mlp
-        window = config.window(self._decoder(op))
-        attended = sum(
-            num_attended(row.num_context, row.num_new, window)
-            for row in batch.rows
-            if not self.plan.row_attends_on_cpu(batch.index, row.place, row.num_new)
-        )
-        match op.segment:
-            case Segment.QKV:
-                return qkv_flops(config, batch.num_new)
-            case Segment.ATTEND:
-                return attend_flops(config, attended)
-            case Segment.PROJECT:
-                return out_flops(config, batch.num_new)
-            case Segment.OUT:
-                rest = 0 if layer.kind == LayerKind.ATTENTION else mlp
-                return out_flops(config, batch.num_new) + rest
-        whole = decoder_flops(config, batch.num_new, attended)
-        is_whole = layer.kind == LayerKind.DECODER and op.segment is None
-        return whole if is_whole else whole - mlp
+        pieces, flops = pieces_of(layer, op.segment), 0
+        if Piece.QKV in pieces:
+            flops += qkv_flops(config, batch.num_new)
+        if Piece.ATTEND in pieces:
+            window = config.window(self._decoder(op))
+            attended = sum(
+                num_attended(row.num_context, row.num_new, window)
+                for row in batch.rows
+                if not self.plan.row_attends_on_cpu(batch.index, row.place, row.num_new)
+            )
+            flops += attend_flops(config, attended)
+        if Piece.OUT in pieces:
+            flops += out_flops(config, batch.num_new)
+        if Piece.MLP in pieces:
+            flops += mlp_flops(config, batch.num_new)
+        return flops
 
     # lookups
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+from flexpipe.plan.layer import LayerPlan, Piece
 from flexpipe.schedule.step import MicroBatch
 
 
@@ -56,6 +57,22 @@ class Segment(StrEnum):
     AFTER_ATTENTION = "after_attention"  # of the sum
     MLP = "mlp"
     AFTER_MLP = "after_mlp"
+
+
+_PIECES: dict[Segment | None, frozenset[Piece]] = {
+    None: frozenset(Piece),
+    Segment.QKV: frozenset({Piece.QKV}),
+    Segment.ATTEND: frozenset({Piece.ATTEND}),
+    Segment.OUT: frozenset({Piece.OUT, Piece.MLP}),
+    Segment.ATTENTION: frozenset({Piece.QKV, Piece.ATTEND, Piece.OUT}),
+    Segment.PROJECT: frozenset({Piece.OUT}),
+    Segment.MLP: frozenset({Piece.MLP}),
+}
+
+
+def pieces_of(layer: LayerPlan, segment: Segment | None) -> frozenset[Piece]:
+    """What of a decoder layer a COMPUTE of `segment` computes."""
+    return layer.pieces & _PIECES.get(segment, frozenset())
 
 
 class Lane(StrEnum):

@@ -22,7 +22,7 @@ from enum import StrEnum
 from itertools import pairwise
 
 from flexpipe.schedule.check import Graph
-from flexpipe.schedule.op import PEER_LANES, Kind, Lane, Op
+from flexpipe.schedule.op import PEER_LANES, Kind, Lane, Op, Pool
 
 RUN_AHEAD = 512  # ops taken and not done
 
@@ -102,7 +102,7 @@ def size_of(op: Op) -> tuple[str, int]:
         return "tokens", max(1, sum(batch.num_sampled for batch in op.batches))
     assert op.batch is not None
     if op.kind == Kind.ALL_REDUCE:
-        what = op.writes[0][0].value
+        what = "logits" if op.writes[0][0] == Pool.LOGITS else "hidden"
         return f"{what} of micro-batch {op.batch.index} in step {op.step}", op.batch.num_new
     return "hidden", op.batch.num_new
 

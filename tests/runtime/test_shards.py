@@ -6,7 +6,6 @@ The shards run in this process, a thread each; every policy is a plan's like any
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +15,15 @@ from hypothesis import strategies as st
 from flexpipe.errors import PolicyError
 from flexpipe.plan.pipeline import Pipeline
 from flexpipe.plan.policy import STRATEGIES, percent_shares
-from tests.hf import OTHERS, VARIANTS, Reference
+from tests.hf import (
+    OTHERS,
+    VARIANTS,
+    Reference,
+    load_reference_model,
+    ragged_prompts,
+    reference_generate,
+    widened_checkpoint,
+)
 from tests.runtime.ring import Ring, Tokens
 
 LENGTHS = (40, 9, 30, 20, 3)
@@ -41,21 +48,21 @@ ON_CPU = [[0, 100, 0, 100, 0, 100], [0, 50, 0, 50, 0, 50], [0, 0, 0, 0, 0, 0]]
 def rings(hf_checkpoint, hf_reference, tmp_path_factory) -> Any:
     made: dict[str, tuple[Ring, Tokens]] = {}
 
-    def ring(variant: str) -> tuple[Ring, Tokens]:
+    def ring_of(variant: str) -> tuple[Ring, Tokens]:
         if variant not in made:
-            answers: Reference = hf_reference(variant, lengths=LENGTHS, max_new=max(LIMITS))
-            folder: Path = tmp_path_factory.mktemp(variant)
-            expected = []
-            for tokens, limit in zip(answers.tokens, LIMITS, strict=True):
-                end = tokens.index(2) + 1 if 2 in tokens else limit  # 2 ends a text
-                expected.append(tokens[: min(limit, end)])
-            made[variant] = (
-                Ring(hf_checkpoint(variant), folder, answers.prompts, LIMITS),
-                tuple(expected),
-            )
+            answers = hf_reference(variant, lengths=LENGTHS, max_new=max(LIMITS))
+            folder = tmp_path_factory.mktemp(variant)
+            ring = Ring(hf_checkpoint(variant), folder, answers.prompts, LIMITS)
+            made[variant] = ring, expected_of(answers)
         return made[variant]
 
-    return ring
+    return ring_of
+
+
+def expected_of(answers: Reference) -> Tokens:
+    """Each prompt's tokens up to its limit, or to the one that ends a text."""
+    pairs = zip(answers.tokens, LIMITS, strict=True)
+    return tuple(t[: t.index(2) + 1][:limit] if 2 in t else t[:limit] for t, limit in pairs)
 
 
 @st.composite
@@ -88,7 +95,7 @@ def check(ring: Ring, expected: Tokens, data: st.DataObject) -> None:
     assert tokens == expected
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(data=st.data(), variant=st.sampled_from(FEW))
 def test_any_stage_of_shards_gives_the_reference_tokens(rings, variant, data):
     check(*rings(variant), data)
@@ -121,3 +128,26 @@ def test_two_stages_of_two_shards_give_the_reference_tokens(rings):
     ring, expected = rings("llama-eight")
     pipeline = Pipeline(layers=(2, 1), num_stages=2, num_blocks=2)
     assert ring(EVERYWHERE, pipeline, num_shards=2) == expected
+
+
+@pytest.mark.parametrize("weight", ["4", "8"])
+def test_shards_compressed_by_themselves_give_the_tokens_of_the_widened_model(
+    weight, hf_checkpoint, tmp_path
+):
+    """A group of numbers ends where a shard does."""
+    knobs = {"compress_weight": weight, "compress_vocabulary": "8"}
+    source = hf_checkpoint("llama-linear")
+    widened = widened_checkpoint(source, tmp_path / "widened", knobs, num_shards=2)
+    prompts = ragged_prompts(LENGTHS)
+    answers = reference_generate(load_reference_model(widened), prompts, max(LIMITS))
+    ring = Ring(source, tmp_path, prompts, LIMITS)
+    assert ring({**EVERYWHERE, **knobs}, num_shards=2) == expected_of(answers)
+
+
+def test_shards_of_another_dtype_with_a_compressed_cache_give_the_tokens_of_one(
+    hf_checkpoint, tmp_path
+):
+    """Weights are converted part by part, keys and values compressed head by head."""
+    source, knobs = hf_checkpoint("llama2", dtype="bfloat16"), {"compress_cache": "8"}
+    ring = Ring(source, tmp_path, ragged_prompts(LENGTHS), LIMITS)
+    assert ring({**EVERYWHERE, **knobs}, num_shards=4) == ring({**EVERYWHERE, **knobs})

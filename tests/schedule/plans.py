@@ -8,14 +8,14 @@ or decode, and some steps sample nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from hypothesis import strategies as st
 
 from flexpipe.errors import PolicyError
-from flexpipe.model.config import DTYPE_BYTES, ModelConfig
+from flexpipe.model.config import DTYPE_BYTES, ModelConfig, Shard, shard_config
 from flexpipe.model.families import read_config
 from flexpipe.plan.block import Need
 from flexpipe.plan.codec import Codec
@@ -210,14 +210,17 @@ def shares(tier: Tier) -> st.SearchStrategy[Shares]:
 
 
 @st.composite
-def plans(draw: st.DrawFn, *, strategy: str | None = None) -> Plan:
-    """Any plan of the tiny model; policies whose shares no whole item fits are drawn again."""
+def plans(draw: st.DrawFn, *, strategy: str | None = None, num_shards: int = 1) -> Plan:
+    """Any plan of the tiny model, or of one of its shards; policies whose shares no whole item fits
+    are drawn again."""
     tier = draw(st.sampled_from([Tier.GPU, Tier.CPU]))
-    config = tiny_config(
+    whole = tiny_config(
         num_hidden_layers=draw(st.integers(1, 4)),
         vocab_size=draw(st.sampled_from([96, 320, 1000])),
         tie_word_embeddings=draw(st.booleans()),
     )
+    whole = replace(whole, post_norm=num_shards > 1 and draw(st.booleans()))
+    config = shard_config(whole, Shard(draw(st.integers(0, num_shards - 1)), num_shards))
     num_rows = draw(st.integers(1, 9))
     for _ in range(20):
         try:
