@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -146,3 +147,33 @@ def test_a_gang_that_torchrun_starts_again_goes_on_by_itself(job: Job) -> None:
     assert agent.returncode == 0, err
     job.answers("shared")
     assert not job.left_behind
+
+
+@pytest.mark.slow
+def test_the_launcher_for_several_hosts_starts_its_ranks_through_ssh(
+    job: Job, repo: Path, tmp_path: Path
+) -> None:
+    ssh = tmp_path / "bin/ssh"
+    ssh.parent.mkdir()
+    ssh.write_text('#!/bin/sh\nshift 4  # -tt -o OPTION HOST\nexec sh -c "$1"\n')
+    ssh.chmod(0o755)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    done = subprocess.run(
+        [
+            *(str(repo / "bin/flexpipe-hosts"), "127.0.0.1,localhost", "1"),
+            *job.arguments("it's shared", "--pipeline-parallel-size 2"),
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ
+        | {
+            "PATH": f"{ssh.parent}:{os.environ['PATH']}",
+            "PYTHON": sys.executable,
+            "FLEXPIPE_VENV": str(tmp_path),  # none there: PYTHON is taken
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+        },
+    )
+    assert done.returncode == 0, done.stderr
+    job.answers("it's shared")

@@ -15,9 +15,10 @@ import torch
 from flexpipe.errors import RunError
 from flexpipe.memory.disk import Stopped
 from flexpipe.runtime.board import Deadline, connect, serve
+from flexpipe.runtime.device import device_of_rank
 from flexpipe.runtime.ranks import Ranks
 from flexpipe.runtime.supervise import PeerLost
-from flexpipe.runtime.transport import GroupTransport, Seat, backend_for, ring
+from flexpipe.runtime.transport import GroupTransport, Seat, backend_for, ring, sharing
 from tests.runtime.gangs import run_gang
 
 MIB = 1 << 20
@@ -132,6 +133,31 @@ def test_gpus_speak_nccl_only_where_each_rank_has_one_of_its_own() -> None:
     assert backend_for([a, b]) == "nccl"
     assert backend_for([a, a]) == "gloo"
     assert backend_for([a, Seat(device_type="cpu", identity="host None")]) == "gloo"
+
+
+def test_ranks_that_share_a_gpu_are_told_of() -> None:
+    names = ("h gpu-a", "h gpu-b", "h gpu-a", "i gpu-a", "h gpu-a")
+    gpus = [Seat(device_type="cuda", identity=name) for name in names]
+    assert sharing(gpus) == ["0 and 2 and 4"]
+    assert sharing([Seat(device_type="cpu", identity="h None")] * 2) == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "local_rank", "taken"),
+    [
+        ("auto", 1, "cuda:1"),
+        ("cuda", 3, "cuda:1"),
+        ("cuda:0", 1, "cuda:0"),
+        ("cpu", 1, "cpu"),
+        ("emulated", 1, "emulated"),
+    ],
+)
+def test_ranks_of_a_host_take_its_accelerators_in_turns(
+    monkeypatch: pytest.MonkeyPatch, asked: str, local_rank: int, taken: str
+) -> None:
+    monkeypatch.setattr("flexpipe.runtime.device._accelerator", lambda: "cuda")
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    assert device_of_rank(asked, local_rank) == taken
 
 
 def test_a_lone_stage_has_no_ring() -> None:
