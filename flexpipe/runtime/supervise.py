@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -19,7 +18,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from datetime import timedelta
 from types import FrameType
 from typing import Protocol
@@ -27,61 +25,26 @@ from typing import Protocol
 from torch.distributed import Store
 
 from flexpipe.errors import FlexpipeError, RunError
-from flexpipe.memory.disk import Stopped
 from flexpipe.runtime.board import StoreLost, wait_for
+from flexpipe.runtime.failure import (
+    INTERRUPTED,
+    INTERRUPTED_CODE,
+    OVER,
+    PATIENCE_S,
+    Failure,
+    Terminated,
+)
 from flexpipe.runtime.ranks import Ranks
 
 GRACE_S = 2.5  # what a rank may take to end by itself once one has failed
-INTERRUPTED = "interrupted"
-_INTERRUPTED_CODE = 130
 _BEATS_PER_LIMIT = 5
 _SLOWEST_BEAT_S = 1.0
 _LOOK_S = 0.02
-_OVER = "over"  # holds the first failure, or nothing if all went well
 _LEFT = b"left"
 _DIED = "ended without a word, as if killed"
 _FROZEN = "gave no sign of life for {:g} s: it is frozen, or its host or the network is down"
 
 log = logging.getLogger("flexpipe")
-
-
-class PeerLost(RunError):
-    """A neighbour's connection broke: here the failure shows, but it is elsewhere."""
-
-
-class Terminated(KeyboardInterrupt):
-    """The process was told to end by SIGTERM; what heeds Ctrl-C heeds this."""
-
-
-# who saw a peer die tells it better than who lost its connection; seconds to wait for that
-_PATIENCE_S = {PeerLost: 2.0, Terminated: 3.0, Stopped: 3.0, StoreLost: 3.0}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Failure:
-    """The first failure of a gang: whose, what is told of it, and the exit code of all."""
-
-    rank: int
-    reason: str
-    exit_code: int = RunError.exit_code
-
-    @classmethod
-    def read(cls, store: Store) -> Failure | None:
-        """The one that was recorded; None where all went well."""
-        text = store.get(_OVER)
-        return cls(**json.loads(text)) if text else None
-
-    def record(self, store: Store) -> Failure:
-        """Write it where all look, unless there is one; the first one is returned."""
-        return Failure(**json.loads(store.compare_set(_OVER, "", json.dumps(asdict(self)))))
-
-    def error(self) -> BaseException:
-        """What a rank raises for it."""
-        if self.reason == INTERRUPTED:
-            return KeyboardInterrupt()
-        error = RunError(self.reason)
-        error.exit_code = self.exit_code
-        return error
 
 
 class Pulse:
@@ -175,7 +138,7 @@ class Watch:
         """All went well on every rank."""
         self._over.set()
         self._closed.set()
-        self._store.set(_OVER, "")
+        self._store.set(OVER, "")
         for thread in self._threads:
             thread.join()
         self._leave()
@@ -185,7 +148,7 @@ class Watch:
 
         From any thread. What only shows here is kept for the end.
         """
-        if isinstance(error, tuple(_PATIENCE_S)):
+        if isinstance(error, tuple(PATIENCE_S)):
             return
         with self._lock:
             self._is_ending = True
@@ -221,14 +184,14 @@ class Watch:
 
     def _first_failure(self, error: BaseException) -> Failure:
         """The first failure of all; what only shows elsewhere leaves others time to tell theirs."""
-        patience = (seconds for kind, seconds in _PATIENCE_S.items() if isinstance(error, kind))
+        patience = (seconds for kind, seconds in PATIENCE_S.items() if isinstance(error, kind))
         self.stop.wait(next(patience, 0.0))
         return self.first or self._own(error).record(self._store)
 
     def _own(self, error: BaseException) -> Failure:
         text = str(error) or type(error).__name__
         if isinstance(error, KeyboardInterrupt) and not isinstance(error, Terminated):
-            return Failure(rank=self.ranks.rank, reason=INTERRUPTED, exit_code=_INTERRUPTED_CODE)
+            return Failure(rank=self.ranks.rank, reason=INTERRUPTED, exit_code=INTERRUPTED_CODE)
         if not isinstance(error, FlexpipeError | Terminated):
             text = f"{type(error).__name__}: {text}"
         reason = text if text.startswith("stage ") else f"{self.stage}: {text}"
@@ -271,7 +234,7 @@ class Watch:
                 if self._reach is not None:
                     self._look(store, pulse, self._reach)
                 self._unanswered = 0
-                if wait_for(store, _OVER, timedelta(seconds=self._interval_s)):
+                if wait_for(store, OVER, timedelta(seconds=self._interval_s)):
                     self._learn(Failure.read(store))
                     return
         except (RuntimeError, RunError):

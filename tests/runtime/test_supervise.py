@@ -11,10 +11,11 @@ import pytest
 
 from flexpipe.errors import RunError
 from flexpipe.runtime import supervise
+from flexpipe.runtime.failure import PeerLost
 from flexpipe.runtime.gang import Gang, joined
 from flexpipe.runtime.network import Network
 from flexpipe.runtime.ranks import Ranks
-from flexpipe.runtime.supervise import PeerLost, Pulse
+from flexpipe.runtime.supervise import Pulse
 from tests.runtime import gangs
 from tests.runtime.gangs import Ended, run_gang
 from tests.waiting import eventually

@@ -16,13 +16,14 @@ from flexpipe.errors import RunError
 from flexpipe.memory.disk import Stopped
 from flexpipe.runtime.board import Deadline, connect, serve
 from flexpipe.runtime.device import device_of_rank
+from flexpipe.runtime.failure import PeerLost
 from flexpipe.runtime.ranks import Ranks
-from flexpipe.runtime.supervise import PeerLost
 from flexpipe.runtime.transport import GroupTransport, Seat, backend_for, ring, sharing
 from tests.runtime.gangs import run_gang
 
 MIB = 1 << 20
 CPU = torch.device("cpu")
+_PATIENCE = timedelta(seconds=60)
 
 
 @contextmanager
@@ -34,7 +35,11 @@ def connected(ranks: Ranks) -> Iterator[GroupTransport]:
     with GroupTransport(ranks, seats, connect(ranks, Deadline(60.0)), CPU) as transport:
         yield transport
         store.set(f"done/{ranks.rank}", "")
-        store.wait([f"done/{rank}" for rank in range(ranks.size)], timedelta(seconds=60))
+        store.wait([f"done/{rank}" for rank in range(ranks.size)], _PATIENCE)
+        if ranks.serves_store:  # to the last
+            store.wait([f"gone/{rank}" for rank in range(1, ranks.size)], _PATIENCE)
+        else:
+            store.set(f"gone/{ranks.rank}", "")
     del server
 
 
