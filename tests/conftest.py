@@ -29,6 +29,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # more threads than there are cores crawl; children inherit this
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+# as `flexpipe run` has it: torch tells of every wait in its store, with a look at the name server
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 # nothing here, nor in a child, measures the machine it runs on
 os.environ["FLEXPIPE_PROFILE"] = str(REPO / "tests/profile.yaml")
 

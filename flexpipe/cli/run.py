@@ -16,7 +16,8 @@ from flexpipe.cli.options import (
     network_options,
     stage_policy_options,
 )
-from flexpipe.job.spec import JobSpec
+from flexpipe.job.spec import DEFAULT_OFFLOAD_DIR, JobSpec
+from flexpipe.memory.offload import OffloadDirectory
 from flexpipe.plan.arrangement import Arrangement
 from flexpipe.runtime.launch import flexpipe_command, heed_launcher, launch
 from flexpipe.runtime.ranks import Ranks
@@ -68,7 +69,7 @@ def run(as_json: bool, **options: Any) -> None:
     spec = JobSpec(**options)
     ranks = _rank(spec.arrangement) if spec.arrangement.num_ranks > 1 else None
     if ranks is None and spec.arrangement.num_ranks > 1:
-        _start_ranks(spec.arrangement)
+        _start_ranks(spec)
     # imports torch, so only once the options are sound
     from flexpipe.job.run import run_job, run_shared
 
@@ -85,17 +86,22 @@ def run(as_json: bool, **options: Any) -> None:
 def _rank(arrangement: Arrangement) -> Ranks | None:
     """Which of the job's ranks this process is; None where it is to start them."""
     heed_launcher()
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it would tell of every connection
+    # torch would tell of every wait in its store, each with seconds for a name server it misses
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     return Ranks.from_environment(arrangement.num_stages, arrangement.num_shards)
 
 
-def _start_ranks(arrangement: Arrangement) -> NoReturn:
+def _start_ranks(spec: JobSpec) -> NoReturn:
     """All ranks on this host, by this same command line."""
     context = click.get_current_context()
-    code = launch(
-        flexpipe_command(context.find_root().obj),
-        num_stages=arrangement.num_stages,
-        num_shards=arrangement.num_shards,
-        completed=(0, REQUESTS_FAILED),
-    )
+    try:
+        code = launch(
+            flexpipe_command(context.find_root().obj),
+            num_stages=spec.arrangement.num_stages,
+            num_shards=spec.arrangement.num_shards,
+            completed=(0, REQUESTS_FAILED),
+        )
+    except BaseException:
+        with OffloadDirectory((spec.offload_dir or DEFAULT_OFFLOAD_DIR).expanduser()):
+            raise  # to open it was to clear what a killed rank left
     context.exit(code)

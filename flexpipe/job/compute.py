@@ -48,11 +48,12 @@ class Work:
 @dataclass(frozen=True, kw_only=True)
 class Events:
     """Who is told how far a stage is: the name of a phase, that its weights are loaded, the
-    dispatcher at the start."""
+    dispatcher at the start, and of a failure before other stages notice."""
 
     phase: Callable[[str], None] = lambda name: None
     loaded: Callable[[], None] = lambda: None
     started: Callable[[Dispatcher], None] = lambda dispatcher: None
+    failed: Callable[[BaseException], None] = lambda error: None
 
 
 def compute(
@@ -98,6 +99,7 @@ def compute(
             recorder,
             change_ops=probes.change_ops,
             on_start=events.started,
+            on_failure=events.failed,
         )
         run_s = time.perf_counter() - began
         read_after = physical_bytes_read()

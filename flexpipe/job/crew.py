@@ -159,11 +159,9 @@ class Crew(Closing):
         if ranks.rank == 0:
             write_events(path, [event for events in told for event in events])
 
-    def _message_rates(self, device: Device) -> Curve | None:
-        """Of the ring's slowest edge; None where there is no ring."""
-        if self.gang.ranks.num_stages == 1:
-            return None
-        took = message_seconds(self._transport, device.torch_device)
+    def _message_rates(self, device: Device) -> Curve:
+        """Of what the ranks send each other, where it is slowest."""
+        took = message_seconds(self._transport, device.torch_device, self.gang.ranks)
         told = self.gang.board.exchange("messages", [*took.values()])
         return slowest_link([dict(zip(took, seconds, strict=True)) for seconds in told])
 
@@ -175,7 +173,12 @@ class Crew(Closing):
             stopped = Stopped("another rank failed")
             self.gang.watch.on_failure(lambda: dispatcher.abort(stopped))
 
-        return replace(events, loaded=lambda: self.gang.board.meet("loaded"), started=started)
+        return replace(
+            events,
+            loaded=lambda: self.gang.board.meet("loaded"),
+            started=started,
+            failed=self.gang.watch.tell,
+        )
 
 
 def _brought(site: Site) -> dict[str, Any]:
@@ -188,17 +191,14 @@ def _brought(site: Site) -> dict[str, Any]:
     }
 
 
-def _site(
-    brought: Sequence[Mapping[str, Any]], spec: JobSpec, stage: int, comm: Curve | None
-) -> Site:
+def _site(brought: Sequence[Mapping[str, Any]], spec: JobSpec, stage: int, comm: Curve) -> Site:
     """A stage's: its ranks compute alike, and each may spend what the poorest of them may."""
     first, budgets = brought[0], [one["budgets"] for one in brought]
     least = {name: min(one[name] for one in budgets) for name in ("gpu", "cpu", "disk")}
     tier, machine = Tier(first["device_tier"]), None
     if first["profile"] is not None:
         profile = parse_profile(yaml.safe_load(first["profile"]))
-        if comm is not None:
-            profile = replace(profile, links={**profile.links, "comm": comm})
+        profile = replace(profile, links={**profile.links, "comm": comm})
         machine = Machine(profile=profile, device_tier=tier, emulation=spec.emulation)
     return Site(
         budgets=Budgets(**least, overhead=max(one["overhead"] for one in budgets)),

@@ -26,6 +26,7 @@ _LINK_KINDS: Mapping[str, tuple[Kind, ...]] = {
     "d2h": (Kind.STORE_CACHE, Kind.STORE_HIDDEN, Kind.MOVE_QUERY, Kind.FETCH_TOKENS),
     "disk_read": (Kind.READ_WEIGHT, Kind.READ_EMBED, Kind.READ_CACHE, Kind.READ_HIDDEN),
     "disk_write": (Kind.WRITE_CACHE, Kind.WRITE_HIDDEN),
+    "comm": (Kind.SEND_HIDDEN, Kind.SEND_TOKENS, Kind.ALL_REDUCE),
 }
 
 

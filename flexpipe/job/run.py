@@ -83,15 +83,15 @@ def run_job(spec: JobSpec, probes: Probes | None = None, gang: Gang | None = Non
             path = spool(sys.stdin.buffer if str(path) == "-" else path.open("rb"), offload.job)
         file = RequestFile(path, spec.params)
         model = Model.open(spec, offload, needs_text=file.has_text)
+        crew = None
+        if gang is not None:
+            model = model.of_shard(gang.shard)
+            crew = stack.enter_context(Crew(gang, spec, model, offload))
         journal = _open_journal(spec, model, path, probes)
         if journal is not None:
             stack.enter_context(journal)
         done = read_done(spec.output_path) if journal and not journal.is_new else Done()
         job = _Job(spec, model, file, journal, done)
-        crew = None
-        if gang is not None:
-            model = model.of_shard(gang.shard)
-            crew = stack.enter_context(Crew(gang, spec, model, offload))
         made = _run(job, offload, probes, crew)
         if journal is not None:
             journal.close(complete=True)

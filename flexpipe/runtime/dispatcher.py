@@ -124,8 +124,8 @@ class Dispatcher:
     def abort(self, error: BaseException) -> None:
         """End the run with `error`, unless it has failed already."""
         with self._changed:
-            self._fail(error)
-            self._changed.notify()
+            self._failure = self._failure or error
+            self._stop()
         self._end_messages()
 
     @property
@@ -241,22 +241,21 @@ class Dispatcher:
     def _failed(self, op: Op, error: BaseException) -> None:
         told = _told(op, error, self._describe)
         with self._changed:
-            is_first = self._fail(told)
-            self._changed.notify()
+            ended = isinstance(error, Stopped) and self._device.stop.is_set()  # as all waits do
+            is_first = self._failure is None and not ended
+            if is_first:
+                self._failure = told
+            self._stop()
         if is_first:
             self._on_failure(told)
         self._end_messages()
 
-    def _fail(self, error: BaseException) -> bool:
-        """Remember the first failure and stop every wait of the run; whether this is the first."""
-        is_stopped = isinstance(error, Stopped) and self._device.stop.is_set()
-        is_first = self._failure is None and not is_stopped
-        if is_first:
-            self._failure = error
+    def _stop(self) -> None:
+        """Called with the lock: stop every wait of the run."""
         self._device.stop.set()
         for thread in self._threads.values():
             thread.quit()
-        return is_first
+        self._changed.notify()
 
     def _end(self) -> None:
         """Return when nothing of the run is at work any more: no thread, no stream."""

@@ -13,9 +13,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def joined(ranks: Ranks, network: Network) -> Iterator[Gang]:
             board = Board(ranks, connect(ranks, deadline), watch.stop)
             members = _meet(ranks, board, interface, deadline)
             interface.use(asked=network.interface is not None)
-            watch.watch_others(_killer(ranks, members))
+            watch.watch_others(_Neighbours(ranks, members))
             yield Gang(ranks, members, board, watch)
             board.meet("end")
             watch.finish()
@@ -126,15 +127,34 @@ def _meet(ranks: Ranks, board: Board, interface: Interface, deadline: Deadline) 
     return members
 
 
-def _killer(ranks: Ranks, members: Sequence[Member]) -> Callable[[int], None]:
-    """Ends a frozen rank of this machine for good; those elsewhere are left to who started them."""
+class _Neighbours:
+    """The processes of other ranks on this machine."""
 
-    def kill(rank: int) -> None:
-        if members[rank].machine == members[ranks.rank].machine:
+    def __init__(self, ranks: Ranks, members: Sequence[Member]) -> None:
+        here = members[ranks.rank].machine
+        self._pids = {
+            rank: member.pid
+            for rank, member in enumerate(members)
+            if member.machine == here and rank != ranks.rank
+        }
+        self._fds = {rank: _pidfd(pid) for rank, pid in self._pids.items()}
+
+    def has_ended(self, rank: int) -> bool:
+        fd = self._fds.get(rank)
+        return rank in self._fds and (fd is None or bool(select.select([fd], [], [], 0)[0]))
+
+    def kill(self, rank: int) -> None:
+        if rank in self._pids and not self.has_ended(rank):
             with contextlib.suppress(OSError):
-                os.kill(members[rank].pid, signal.SIGKILL)
+                os.kill(self._pids[rank], signal.SIGKILL)
 
-    return kill
+
+def _pidfd(pid: int) -> int | None:
+    """What tells when a process has ended; None if it has already."""
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
 
 
 def _member(interface: Interface) -> Member:

@@ -144,7 +144,9 @@ class _Rank:
         if self.last_words or line.startswith((_ERROR, _INTERRUPTED)):
             self.last_words += line + b"\n"
             return
-        text = f"[{self.name}] {line.decode(errors='replace')}"
+        text = line.decode(errors="replace")
+        if self.rank or text.startswith("flexpipe: "):  # rank 0's report needs no name
+            text = f"[{self.name}] {text}"
         with contextlib.suppress(OSError):  # nobody reads our stderr any more
             print(text, file=sys.stderr, flush=True)
 

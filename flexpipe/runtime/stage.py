@@ -399,7 +399,7 @@ class Stage:
             leaving_TH = typed(self._messages[0], self._dtype, hidden_TH.shape)
             torch.index_select(hidden_TH, 0, self._to_device(order_T), out=leaving_TH)
             hidden_TH = leaving_TH
-        self._transport.send(hidden_TH)
+        self._send(hidden_TH)
 
     def _receive_tokens(self, op: Op) -> None:
         """Sampled rows of all micro-batches, by ascending place: tokens and whether they mean
@@ -417,23 +417,36 @@ class Stage:
         for layout, where in self._sampled_in(op):
             for target, source in zip(leaving, self._fetched[layout.source.index], strict=True):
                 target[where] = source[: len(where)].to(target.dtype)
-        self._transport.send(leaving)
+        self._send(leaving)
+
+    def _send(self, message: Tensor) -> None:
+        """A message counts on the link of the rank that sends it."""
+        assert self._transport is not None
+        start = time.perf_counter()
+        self._transport.send(message)
+        self._device.comm.deliver(message.nbytes, start)
+
+    def _sum(self, parts: Tensor) -> None:
+        """Each shard sends and receives a part of the bytes twice, less its own."""
+        assert self._transport is not None
+        start, size = time.perf_counter(), self.plan.config.shard.size
+        self._transport.all_reduce(parts)
+        self._device.comm.deliver(2 * (size - 1) * parts.nbytes // size, start)
 
     def _all_reduce(self, op: Op) -> None:
         """What the shards have computed of the first hidden, of the logits, or of what a half of a
         layer adds to hidden."""
-        assert self._transport is not None
         layer = self._layer(op)
         if layer.kind == LayerKind.HEAD:
             batch = self._rows(op)
-            self._transport.all_reduce(self._logits_view(batch.index, batch.num_sampled))
+            self._sum(self._logits_view(batch.index, batch.num_sampled))
             return
         hidden_TH = self._hidden.view(self._rows(op), op.hidden_slot)
         if layer.kind == LayerKind.EMBED:
-            self._transport.all_reduce(hidden_TH)
+            self._sum(hidden_TH)
             return
         partial_TH = self._partial(op)
-        self._transport.all_reduce(partial_TH)
+        self._sum(partial_TH)
         hidden_TH.add_(partial_TH)
         if self._device.has_streams:
             torch.accelerator.current_stream().synchronize()

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from types import FrameType
+from typing import Protocol
 
 from torch.distributed import Store
 
@@ -51,7 +52,7 @@ class Terminated(KeyboardInterrupt):
 
 
 # who saw a peer die tells it better than who lost its connection; seconds to wait for that
-_PATIENCE_S = {PeerLost: 1.0, Terminated: 2.0, Stopped: 2.0, StoreLost: 2.0}
+_PATIENCE_S = {PeerLost: 2.0, Terminated: 3.0, Stopped: 3.0, StoreLost: 3.0}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,6 +99,14 @@ class Pulse:
         return [rank for rank, looks in enumerate(self._unchanged) if looks > self._max_looks]
 
 
+class Reach(Protocol):
+    """What a rank can see of the others' processes, and do to them; those elsewhere never end."""
+
+    def has_ended(self, rank: int) -> bool: ...
+
+    def kill(self, rank: int) -> None: ...
+
+
 class Watch:
     """This rank's part in watching over the gang.
 
@@ -116,7 +125,7 @@ class Watch:
         self._connect = connect
         self._store = connect()  # of the main thread
         self._on_failure: list[Callable[[], None]] = []
-        self._kill: Callable[[int], None] | None = None
+        self._reach: Reach | None = None
         self._threads = [
             threading.Thread(target=self._beat, name="flexpipe-beat", daemon=True),
             threading.Thread(target=self._guard, name="flexpipe-guard", daemon=True),
@@ -154,9 +163,9 @@ class Watch:
         for thread in self._threads:
             thread.start()
 
-    def watch_others(self, kill: Callable[[int], None]) -> None:
-        """All ranks are there: notice who falls silent. `kill` ends one that is within reach."""
-        self._kill = kill
+    def watch_others(self, reach: Reach) -> None:
+        """All ranks are there: notice who dies or falls silent, and end the latter for good."""
+        self._reach = reach
 
     def finish(self) -> None:
         """All went well on every rank."""
@@ -166,6 +175,18 @@ class Watch:
         for thread in self._threads:
             thread.join()
         self._leave()
+
+    def tell(self, error: BaseException) -> None:
+        """This rank has failed, though it may take a while to end: let the others know why.
+
+        From any thread. What only shows here is kept for the end.
+        """
+        if isinstance(error, tuple(_PATIENCE_S)):
+            return
+        with self._lock:
+            self._is_ending = True
+        with contextlib.suppress(RuntimeError, RunError):
+            self._settle(self._own(error).record(self._connect()))
 
     def ended_by(self, error: BaseException) -> BaseException:
         """What to raise when this rank ends with `error`: the first failure of all ranks."""
@@ -242,8 +263,8 @@ class Watch:
             while not self._over.is_set():
                 count += 1
                 store.set(f"beat/{self.ranks.rank}", str(count))
-                if self._kill is not None:
-                    self._look(store, pulse, self._kill)
+                if self._reach is not None:
+                    self._look(store, pulse, self._reach)
                 self._unanswered = 0
                 if wait_for(store, _OVER, timedelta(seconds=self._interval_s)):
                     self._learn(Failure.read(store))
@@ -252,26 +273,31 @@ class Watch:
             if not self._over.is_set():
                 self._learn(self._no_store("ended"))
 
-    def _look(self, store: Store, pulse: Pulse, kill: Callable[[int], None]) -> None:
-        for rank in pulse.late(self._beats(store)):
-            self._frozen(store, rank).record(store)
-            kill(rank)
+    def _look(self, store: Store, pulse: Pulse, reach: Reach) -> None:
+        """Record who died, which the beats read afterwards tell from who left, and who is late."""
+        ended = [rank for rank in range(self.ranks.size) if reach.has_ended(rank)]
+        beats = self._beats(store)
+        for rank in ended:
+            if beats[rank] != _LEFT:
+                self._failure_of(store, rank, "ended without a word, as if killed").record(store)
+        for rank in pulse.late(beats):
+            what = (
+                f"gave no sign of life for {self._limit_s:g} s: it is frozen, or its host or the "
+                "network is down"
+            )
+            self._failure_of(store, rank, what).record(store)
+            reach.kill(rank)
 
-    def _frozen(self, store: Store, rank: int) -> Failure:
-        stage = store.get(f"stage/{rank}").decode()
-        return Failure(
-            rank=rank,
-            reason=f"{stage} gave no sign of life for {self._limit_s:g} s: it is frozen, or its "
-            "host or the network is down",
-        )
+    def _failure_of(self, store: Store, rank: int, what: str) -> Failure:
+        return Failure(rank=rank, reason=f"{store.get(f'stage/{rank}').decode()} {what}")
 
     def _no_store(self, what: str) -> Failure:
         who = "what started the ranks" if self.ranks.store_is_served else self.ranks.name(0)
         return Failure(rank=0, reason=f"{who}, which serves the store of all ranks, {what}")
 
     def _learn(self, failure: Failure | None) -> None:
-        """Another rank failed: stop this one."""
-        if failure is None or not self._settle(failure):
+        """Another rank failed: stop this one, unless it is ending already."""
+        if failure is None or not self._settle(failure) or self._is_ending:
             return
         for callback in self._on_failure:
             try:
@@ -297,8 +323,8 @@ class Watch:
             self._unanswered += 1
             if self._unanswered > self._max_looks:
                 self._learn(self._no_store(f"did not answer for {self._limit_s:g} s"))
-                if self._kill is not None and not self.ranks.store_is_served:
-                    self._kill(0)
+                if self._reach is not None and not self.ranks.store_is_served:
+                    self._reach.kill(0)
         if not self._closed.wait(GRACE_S):
             self._end_hard()
 

@@ -13,7 +13,7 @@ next one. All ranks make the same visits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from itertools import count
 
 from flexpipe.plan.layer import LayerKind, LayerPlan
@@ -107,15 +107,16 @@ class ScheduleBuilder:
             yield from self._arrive_before_sends(number)
             return ()
         yield from self._leave(step, first)
-        pairs = [(layer, batch) for layer in later for batch in batches]
-        for (layer, batch), following in zip(pairs, [*pairs[1:], None], strict=True):
-            if batch is batches[0]:
-                yield from self._weights.fill(step)
-                if layer.kind == LayerKind.SEND:
-                    yield from self._arrive_before_sends(number)
-            yield from work.iteration(layer, batch, following)
-            if batch is batches[-1]:
-                yield from self._leave(step, layer)
+        for layers in self._uninterrupted(later):
+            if layers[0].kind == LayerKind.SEND:
+                yield from self._arrive_before_sends(number)
+            pairs = [(layer, batch) for layer in layers for batch in batches]
+            for (layer, batch), following in zip(pairs, [*pairs[1:], None], strict=True):
+                if batch is batches[0]:
+                    yield from self._weights.fill(step)
+                yield from work.iteration(layer, batch, following)
+                if batch is batches[-1]:
+                    yield from self._leave(step, layer)
         yield from self._hand_over(step, chunk, tuple(batches))
         return tuple(batches)
 
@@ -132,6 +133,12 @@ class ScheduleBuilder:
         """What comes to the first rank from the last was received before."""
         layers = self._plan.chunks[chunk]
         return layers[1:] if self._plan.embeds and chunk else layers
+
+    def _uninterrupted(self, layers: Sequence[LayerPlan]) -> list[Sequence[LayerPlan]]:
+        """The same in pieces between which something may arrive, which takes slots of its own."""
+        if not self._plan.embeds or not self._pipeline.is_cut:
+            return [layers]
+        return [piece for piece in (layers[:-1], layers[-1:]) if piece]
 
     def _leave(self, step: int, layer: LayerPlan) -> Iterator[Op]:
         self._weights.leave(layer)

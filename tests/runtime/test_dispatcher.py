@@ -184,9 +184,17 @@ def test_a_run_that_fails_ends_the_messages_its_lanes_wait_in():
     assert made.stuck == []
 
 
-def test_another_thread_may_end_a_run():
-    made = dispatcher(Work())
-    threading.Timer(0.05, made.abort, [RunError("stage 2 failed")]).start()
+@pytest.mark.parametrize("error", [RunError("stage 2 failed"), Stopped("stage 2 failed")])
+def test_another_thread_may_end_a_run(error):
+    """Also where whoever does has stopped all waits before."""
+    device = open_device("emulated", Emulation())
+    made = dispatcher(Work(), device)
+
+    def end() -> None:
+        device.stop.set()
+        made.abort(error)
+
+    threading.Timer(0.05, end).start()
 
     def ops() -> Iterator[Op | None]:
         while True:

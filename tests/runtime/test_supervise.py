@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from flexpipe.errors import RunError
+from flexpipe.runtime import supervise
 from flexpipe.runtime.gang import Gang, joined
 from flexpipe.runtime.network import Network
 from flexpipe.runtime.ranks import Ranks
@@ -99,6 +100,26 @@ def test_a_lost_connection_leaves_the_peer_time_to_tell_why(tmp_path: Path) -> N
     assert [rank.last_line for rank in ended] == [reason] * 2
 
 
+def fail_slowly(ranks: Ranks) -> None:
+    """Rank 1 tells what it met, and takes as long to end as it is let."""
+    supervise.GRACE_S = 0.5
+    with joined(ranks, NETWORK) as gang:
+        gang.board.meet("start")
+        if ranks.rank == 0:
+            raise PeerLost("the connection to rank 1 broke")
+        gang.watch.tell(PeerLost("the connection to rank 0 broke"))
+        gang.watch.tell(RunError("compute of layer 3 failed: the true reason"))
+        time.sleep(60)
+
+
+def test_a_rank_that_ends_slowly_is_not_outrun_by_the_loss_of_its_connection(
+    tmp_path: Path,
+) -> None:
+    ended = run_gang(tmp_path, fail_slowly)
+    reason = "flexpipe: error: stage 1 (rank 1): compute of layer 3 failed: the true reason"
+    assert [(rank.code, rank.last_line) for rank in ended] == [(5, reason)] * 2
+
+
 def wait_to_be_hit(ranks: Ranks, folder: Path) -> None:
     with joined(ranks, NETWORK) as gang:
         introduce(gang)
@@ -131,6 +152,14 @@ def test_a_frozen_rank_ends_all_within_the_limit_and_is_killed(tmp_path: Path, v
         assert "stage 0, which serves the store of all ranks, did not answer" in told.last_line
 
 
+def test_a_killed_rank_is_missed_at_once_also_where_nobody_waits_for_it(tmp_path: Path) -> None:
+    ended, seconds = hit(tmp_path, 1, signal.SIGKILL)
+    assert seconds < NETWORK.heartbeat_limit_s and ended[0].code == 5
+    assert ended[0].last_line == (
+        "flexpipe: error: stage 1 (rank 1, layers 4-7) ended without a word, as if killed"
+    )
+
+
 @pytest.mark.slow
 def test_the_death_of_who_serves_the_store_ends_all(tmp_path: Path) -> None:
     ended, seconds = hit(tmp_path, 0, signal.SIGKILL)
@@ -147,12 +176,13 @@ def test_ctrl_c_at_one_rank_interrupts_all(tmp_path: Path) -> None:
 
 def hang(ranks: Ranks, folder: Path) -> None:
     """Rank 1 heeds nothing when rank 0 fails."""
+    supervise.GRACE_S = 0.5
     with joined(ranks, NETWORK) as gang:
         gang.watch.clean_up((folder / "cleaned").touch)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         gang.board.meet("start")
         if ranks.rank == 0:
             raise RunError("broken")
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         time.sleep(60)
 
 
@@ -166,7 +196,7 @@ def test_a_rank_that_does_not_end_by_itself_cleans_up_and_is_gone(tmp_path: Path
 def come_late(ranks: Ranks) -> None:
     if ranks.rank in (1, 3):
         return
-    with joined(ranks, Network(join_limit_s=1.5, heartbeat_limit_s=2.0)):
+    with joined(ranks, Network(join_limit_s=1.0, heartbeat_limit_s=2.0)):
         pass
 
 

@@ -43,6 +43,17 @@ def test_no_stage_of_a_pipeline_has_a_hazard(ops):
     assert find_hazards(ops) == []
 
 
+@pytest.mark.parametrize("percent", [(100, 0, 100, 0, 0, 100), (100, 0, 0, 0, 0, 0)])
+@pytest.mark.parametrize("num_blocks", [1, 2, 4])
+def test_hidden_that_comes_round_the_ring_finds_a_slot_that_nobody_uses(num_blocks, percent):
+    """It comes to the first rank amid another block's visit, several micro-batches in a row."""
+    shape = Shape(
+        num_stages=2, num_blocks=num_blocks, num_micro_batches=4, num_chunks=2, percent=percent
+    )
+    for ops in ranks_of(shape, full_steps(shape, 3 * num_blocks)):
+        assert find_hazards(ops) == []
+
+
 @settings(max_examples=100)
 @given(ops=one_rank(strategy="event"), data=st.data())
 def test_every_single_edge_of_a_stage_is_needed(ops, data):
