@@ -1,4 +1,4 @@
-"""Whatever happens to a rank of a job, whenever: all end, tell it alike, and the job goes on later."""
+"""Whatever happens to a rank, whenever: all end, tell it alike, and the job goes on later."""
 
 from __future__ import annotations
 
