@@ -33,6 +33,7 @@ ROUNDS = 3
 EQUAL = Shape(hidden=256, layers=8, heads=8, kv_heads=8, ffn=768, vocab=256)
 BUSY = Shape(hidden=1024, layers=8, heads=16, kv_heads=16, ffn=4096, vocab=256)
 RATE = "compute=1GFLOP/s"  # a step of eight rows then takes a stage some 25 ms
+_STREAMED = ["0", "80", "100", "0", "100", "0"]
 RESIDENT = ("--percent", *["100", "0", "100", "0", "100", "0"])
 
 
@@ -143,9 +144,9 @@ def decode_bubbles(trace: Path, num_blocks: int) -> list[float]:
     events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
     spans: dict[int, list[tuple[float, float]]] = {}
     for event in events:
-        if event.get("cat") in ("compute", "sample", "fetch_tokens"):
-            if event["args"]["step"] >= num_blocks:
-                spans.setdefault(event["pid"], []).append((event["ts"], event["dur"]))
+        computes = event.get("cat") in ("compute", "sample", "fetch_tokens")
+        if computes and event["args"]["step"] >= num_blocks:
+            spans.setdefault(event["pid"], []).append((event["ts"], event["dur"]))
     return [
         1 - sum(took for _, took in mine) / (max(at + took for at, took in mine) - min(mine)[0])
         for _, mine in sorted(spans.items())

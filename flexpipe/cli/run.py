@@ -16,6 +16,7 @@ from flexpipe.cli.options import (
     network_options,
     stage_policy_options,
 )
+from flexpipe.job.report import Report
 from flexpipe.job.spec import DEFAULT_OFFLOAD_DIR, JobSpec
 from flexpipe.memory.offload import OffloadDirectory
 from flexpipe.plan.arrangement import Arrangement

@@ -125,7 +125,8 @@ def test_a_trace_that_cannot_be_written_is_told(plan, spans, tmp_path):
 
 def test_an_empty_run_makes_an_empty_trace(plan, tmp_path: Path):
     write_trace(tmp_path / "none.json", [], plan)
-    assert json.loads((tmp_path / "none.json").read_text()) == {"traceEvents": [], "displayTimeUnit": "ms"}
+    written = json.loads((tmp_path / "none.json").read_text())
+    assert written == {"traceEvents": [], "displayTimeUnit": "ms"}
 
 
 def test_every_kind_of_op_has_a_colour_of_its_own():
