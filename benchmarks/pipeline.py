@@ -32,7 +32,7 @@ ROUNDS = 3
 # eight equal layers; embedding and head weigh next to nothing
 EQUAL = Shape(hidden=256, layers=8, heads=8, kv_heads=8, ffn=768, vocab=256)
 BUSY = Shape(hidden=1024, layers=8, heads=16, kv_heads=16, ffn=4096, vocab=256)
-RATE = "compute=1GFLOP/s"  # a step of eight rows then takes a stage some 25 ms
+RATE = "compute=0.2GFLOP/s"  # a step of eight rows then takes a stage some 140 ms
 _STREAMED = ["0", "80", "100", "0", "100", "0"]
 RESIDENT = ("--percent", *["100", "0", "100", "0", "100", "0"])
 
@@ -103,7 +103,7 @@ def piped(num_stages: int, *words: str) -> list[str]:
 
 
 def bubbles(folder: Path) -> list[Mapping[str, Any]]:
-    rows, gen, prompt = 8, 48, 4
+    rows, gen, prompt = 8, 16, 1
     found = []
     for case in cases():
         trace = folder / "trace.json"
@@ -205,7 +205,7 @@ def _busy(folder: Path, count: int) -> Any:
 def _emulated(folder: Path, count: int) -> Any:
     """Weights travel over each rank's own link, of which a part comes from its own disk."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    links = f"{RATE},h2d=200MB/s,d2h=200MB/s,disk_read=100MB/s"
+    links = f"{RATE},h2d=100MB/s,d2h=100MB/s,disk_read=50MB/s"
     words = piped(
         count,
         *(
