@@ -204,6 +204,16 @@ def _scale_weights(model: torch.nn.Module, seed: int) -> None:
                 weight.copy_(noise * gain / weight.shape[1] ** 0.5)
 
 
+def shallow(source: Path, target: Path, *, num_layers: int) -> Path:
+    """A copy of a checkpoint whose config ends the model after so many layers."""
+    shutil.copytree(source, target)
+    config = json.loads((target / "config.json").read_text())
+    config["num_hidden_layers"] = num_layers
+    config.pop("layer_types", None)
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
 def widened_checkpoint(
     source: Path, target: Path, knobs: Mapping[str, Any], num_shards: int = 1
 ) -> Path:

@@ -50,7 +50,7 @@ def check(bench: Bench) -> Finding:
     max_new = 4 if bench.small else 12
     differ: list[str] = []
     count = 0
-    for family in FAMILIES[:2] if bench.small else FAMILIES:
+    for family in FAMILIES[:1] if bench.small else FAMILIES:
         model = build_checkpoint(family, bench.directory / family)
         reference = reference_generate(
             load_reference_model(model), ragged_prompts(LENGTHS), max_new

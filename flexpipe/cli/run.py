@@ -16,6 +16,7 @@ from flexpipe.cli.options import (
     network_options,
     stage_policy_options,
 )
+from flexpipe.job.report import Report
 from flexpipe.job.spec import DEFAULT_OFFLOAD_DIR, JobSpec
 from flexpipe.memory.offload import OffloadDirectory
 from flexpipe.plan.arrangement import Arrangement
@@ -70,10 +71,7 @@ def run(as_json: bool, **options: Any) -> None:
     ranks = _rank(spec.arrangement) if spec.arrangement.num_ranks > 1 else None
     if ranks is None and spec.arrangement.num_ranks > 1:
         _start_ranks(spec)
-    # imports torch, so only once the options are sound
-    from flexpipe.job.run import run_job, run_shared
-
-    report = run_job(spec) if ranks is None else run_shared(spec, ranks)
+    report = _run_alone(spec) if ranks is None else _run_shared(spec, ranks)
     if report is None:  # rank 0 tells
         return
     print(f"\n{report.render()}", file=sys.stderr)
@@ -81,6 +79,18 @@ def run(as_json: bool, **options: Any) -> None:
         print(json.dumps(report.to_dict()))
     if report.num_failed:
         click.get_current_context().exit(REQUESTS_FAILED)
+
+
+def _run_alone(spec: JobSpec) -> Report:
+    from flexpipe.job.run import run_job  # imports torch, so only once the options are sound
+
+    return run_job(spec)
+
+
+def _run_shared(spec: JobSpec, ranks: Ranks) -> Report | None:
+    from flexpipe.job.run import run_shared
+
+    return run_shared(spec, ranks)
 
 
 def _rank(arrangement: Arrangement) -> Ranks | None:

@@ -143,7 +143,7 @@ class Crew(Closing):
     def stages(self, ran: Ran) -> list[StageUse]:
         """Every rank's figures, by rank; bubbles are those of the job's window."""
         ranks = self.gang.ranks
-        mine = stage_use(ran, ranks.rank, ranks.name(), self.gang.here.host)
+        mine = stage_use(ran, ranks.name(), self.gang.here.host)
         told = [StageUse.of(one) for one in self.gang.board.exchange("figures", asdict(mine))]
         first_s = min(use.window_s[0] for use in told)
         last_s = max(use.window_s[1] for use in told)

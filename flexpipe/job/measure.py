@@ -74,7 +74,8 @@ def report(
     model: str, ran: Ran, batcher: Batcher, tally: Tally, stages: Sequence[StageUse] = ()
 ) -> Report:
     """The figures of a finished run; of `stages`, where there are several, links and tiers are told
-    in sum."""
+    in sum, each by its first shard, as they are predicted."""
+    first = [use for use in stages if not use.shard]
     plan, device, recorder, measured = ran.plan, ran.device, ran.recorder, ran.measured
     took, drain = phases(batcher.counts, measured.began), tail(batcher.counts)
     return Report(
@@ -99,9 +100,9 @@ def report(
         prompt_tokens=sum(count.prompt_tokens for count in batcher.counts),
         generated_tokens=tally.num_tokens,
         decode_step_tokens=took.decoded,
-        links=_summed_links(stages) or _links(device, recorder),
+        links=_summed_links(first) or _links(device, recorder),
         lanes=_lanes(recorder, measured.run_s),
-        tiers=_summed_tiers(stages) or _tiers(ran),
+        tiers=_summed_tiers(first) or _tiers(ran),
         shares=_shares(plan),
         stages=stages,
         policy=plan.policy.to_dict(),
@@ -166,11 +167,12 @@ def _lanes(recorder: Recorder, run_s: float) -> list[LaneUse]:
     return uses
 
 
-def stage_use(ran: Ran, rank: int, name: str, host: str) -> StageUse:
-    """The figures of one stage; its bubble is known once all stages' windows are."""
+def stage_use(ran: Ran, name: str, host: str) -> StageUse:
+    """The figures of one rank; its bubble is known once all ranks' windows are."""
     steps, measured = ran.recorder.step_s, ran.measured
     return StageUse(
-        rank=rank,
+        stage=ran.plan.rank,
+        shard=ran.plan.config.shard.index,
         name=name,
         host=host,
         device=ran.device.name,

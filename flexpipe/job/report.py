@@ -65,7 +65,8 @@ class StageUse:
     90th and 99th of 100 steps computed, the slowest last, so that a straggler shows.
     """
 
-    rank: int
+    stage: int
+    shard: int
     name: str
     host: str
     device: str
@@ -147,7 +148,7 @@ class Report:
             "latency_s": self.latency_s,
             **{f"{use.name}_bytes": use.bytes for use in self.links},
             **{f"peak_{use.tier}_bytes": use.measured_bytes for use in self.tiers},
-            **stage_bubbles([stage.bubble for stage in self.stages]),
+            **stage_bubbles([use.bubble for use in self.stages if not use.shard]),
         }
 
     @property

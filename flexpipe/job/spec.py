@@ -71,6 +71,8 @@ class JobSpec:
             raise InputError(
                 f"--load-format is one of {', '.join(LOAD_FORMATS)}, got {self.load_format!r}"
             )
+        if all(knobs == self.given for knobs in self.stage_given):
+            object.__setattr__(self, "stage_given", ())
         object.__setattr__(self, "emulation", checked_emulation(self.device, self.emulation))
         self._check_paths()
 

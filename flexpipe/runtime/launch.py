@@ -1,9 +1,9 @@
 """One command starts all ranks of this host, and ends with them.
 
 The launcher starts the same command once per rank, with torchrun's variables, serves the store and
-passes on stdout of rank 0 and everybody's stderr, each line with its stage. When a rank ends badly
-the others have some seconds and are killed. The reason of the first failure is printed last, once:
-a rank's own last words are kept back until it is known whose were first.
+passes on stdout of rank 0 and everybody's stderr, each line with its stage but for rank 0's report.
+When a rank ends badly the others have some seconds and are killed. The reason of the first failure
+is printed last, once: a rank's own last words are kept back until it is known whose were first.
 
 A rank holds the read end of a pipe that nobody writes. It ends with the launcher, however that
 dies, and the rank then ends itself, as by Ctrl-C; the kernel wakes it for that if it was stopped.
@@ -33,7 +33,7 @@ from flexpipe.runtime.ranks import rank_name
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-    from flexpipe.runtime.supervise import Failure
+    from flexpipe.runtime.failure import Failure
 
 DEATH_PIPE = "FLEXPIPE_DEATH_PIPE"  # the variable with a rank's end of it
 GRACE_S = 4.0  # what the other ranks may take once one has failed; they allow themselves less
@@ -244,7 +244,7 @@ class _Gang:
         self._end_s = time.monotonic() + GRACE_S
 
     def _first_failure(self, rank: _Rank) -> Failure:
-        from flexpipe.runtime.supervise import Failure
+        from flexpipe.runtime.failure import Failure
 
         code = rank.process.returncode
         if code < 0 or not rank.last_words:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from flexpipe.errors import InputError
@@ -112,6 +112,12 @@ def rank_name(rank: int, num_shards: int) -> str:
     """`stage 2`, or `stage 2 shard 1` where several ranks serve a stage."""
     stage, shard = divmod(rank, num_shards)
     return f"stage {stage}" if num_shards == 1 else f"stage {stage} shard {shard}"
+
+
+def place_name(rank: int, num_shards: int, layers: Sequence[range]) -> str:
+    """A rank with its decoder layers, as errors name it."""
+    ranges = ", ".join(f"{chunk.start}-{chunk.stop - 1}" for chunk in layers)
+    return f"{rank_name(rank, num_shards)} (rank {rank}, layers {ranges})"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

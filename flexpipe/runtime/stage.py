@@ -42,6 +42,7 @@ from flexpipe.plan.layer import LayerKind, LayerPlan, Piece
 from flexpipe.plan.plan import Plan, PoolPlan
 from flexpipe.plan.tier import Tier
 from flexpipe.runtime.device import Device
+from flexpipe.runtime.ranks import place_name
 from flexpipe.runtime.transport import Transport
 from flexpipe.schedule.op import Kind, Lane, Op, Segment, pieces_of
 from flexpipe.schedule.step import MicroBatch, Row
@@ -191,7 +192,7 @@ class Stage:
         mb = "" if op.batch is None else f", micro-batch {op.batch.index}"
         whole = f"{op.kind.value} {self._object(op)} (step {op.step}{mb})"
         alone = not (self.plan.pipeline.is_cut or self.plan.config.is_split)
-        return whole if alone else f"{rank_name(self.plan)}: {whole}"
+        return whole if alone else f"{_where(self.plan)}: {whole}"
 
     def abort(self) -> None:
         """End the messages that other threads wait in; they raise."""
@@ -795,11 +796,11 @@ class Stage:
         return self.memory.take_on_host(pool.slot_bytes, pool.name)
 
 
-def rank_name(plan: Plan) -> str:
-    """A stage in words, its shard where it has several, with its decoder layers."""
-    shard = f", shard {plan.config.shard.index}" if plan.config.is_split else ""
-    ranges = (f"{chunk.start} to {chunk.stop - 1}" for chunk in plan.pipeline.chunks(plan.rank))
-    return f"stage {plan.rank}{shard} (layers {', '.join(ranges)})"
+def _where(plan: Plan) -> str:
+    """Which rank computes a plan, as its gang calls it too."""
+    shard = plan.config.shard
+    rank = plan.rank * shard.size + shard.index
+    return place_name(rank, shard.size, plan.pipeline.chunks(plan.rank))
 
 
 def _token_message(op: Op) -> Tensor:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -19,7 +18,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from datetime import timedelta
 from types import FrameType
 from typing import Protocol
@@ -27,59 +25,26 @@ from typing import Protocol
 from torch.distributed import Store
 
 from flexpipe.errors import FlexpipeError, RunError
-from flexpipe.memory.disk import Stopped
 from flexpipe.runtime.board import StoreLost, wait_for
+from flexpipe.runtime.failure import (
+    INTERRUPTED,
+    INTERRUPTED_CODE,
+    OVER,
+    PATIENCE_S,
+    Failure,
+    Terminated,
+)
 from flexpipe.runtime.ranks import Ranks
 
 GRACE_S = 2.5  # what a rank may take to end by itself once one has failed
-INTERRUPTED = "interrupted"
-_INTERRUPTED_CODE = 130
 _BEATS_PER_LIMIT = 5
 _SLOWEST_BEAT_S = 1.0
 _LOOK_S = 0.02
-_OVER = "over"  # holds the first failure, or nothing if all went well
 _LEFT = b"left"
+_DIED = "ended without a word, as if killed"
+_FROZEN = "gave no sign of life for {:g} s: it is frozen, or its host or the network is down"
 
 log = logging.getLogger("flexpipe")
-
-
-class PeerLost(RunError):
-    """A neighbour's connection broke: here the failure shows, but it is elsewhere."""
-
-
-class Terminated(KeyboardInterrupt):
-    """The process was told to end by SIGTERM; what heeds Ctrl-C heeds this."""
-
-
-# who saw a peer die tells it better than who lost its connection; seconds to wait for that
-_PATIENCE_S = {PeerLost: 2.0, Terminated: 3.0, Stopped: 3.0, StoreLost: 3.0}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Failure:
-    """The first failure of a gang: whose, what is told of it, and the exit code of all."""
-
-    rank: int
-    reason: str
-    exit_code: int = RunError.exit_code
-
-    @classmethod
-    def read(cls, store: Store) -> Failure | None:
-        """The one that was recorded; None where all went well."""
-        text = store.get(_OVER)
-        return cls(**json.loads(text)) if text else None
-
-    def record(self, store: Store) -> Failure:
-        """Write it where all look, unless there is one; the first one is returned."""
-        return Failure(**json.loads(store.compare_set(_OVER, "", json.dumps(asdict(self)))))
-
-    def error(self) -> BaseException:
-        """What a rank raises for it."""
-        if self.reason == INTERRUPTED:
-            return KeyboardInterrupt()
-        error = RunError(self.reason)
-        error.exit_code = self.exit_code
-        return error
 
 
 class Pulse:
@@ -133,12 +98,14 @@ class Watch:
         self._clean_ups: list[Callable[[], None]] = []
         self._lock = threading.Lock()
         self._is_ending = False
+        self._shows_bug = False
         self._over = threading.Event()
         self._closed = threading.Event()
         self._unanswered = 0
-        self._stage = ranks.name()
+        self._stages = [f"{ranks.name(rank)} (rank {rank})" for rank in range(ranks.size)]
+        self._stage = self._stages[ranks.rank]
         self._put("beat", b"0")
-        self.stage = f"{ranks.name()} (rank {ranks.rank})"
+        self.stage = self._stage
 
     @property
     def stage(self) -> str:
@@ -171,7 +138,7 @@ class Watch:
         """All went well on every rank."""
         self._over.set()
         self._closed.set()
-        self._store.set(_OVER, "")
+        self._store.set(OVER, "")
         for thread in self._threads:
             thread.join()
         self._leave()
@@ -181,7 +148,7 @@ class Watch:
 
         From any thread. What only shows here is kept for the end.
         """
-        if isinstance(error, tuple(_PATIENCE_S)):
+        if isinstance(error, tuple(PATIENCE_S)):
             return
         with self._lock:
             self._is_ending = True
@@ -200,7 +167,8 @@ class Watch:
         with contextlib.suppress(RuntimeError, StoreLost):
             self._leave()
         is_bug = not isinstance(error, FlexpipeError | KeyboardInterrupt)
-        return error if is_bug and first == self._own(error) else first.error()
+        self._shows_bug = is_bug and first == self._own(error)
+        return error if self._shows_bug else first.error()
 
     # what this rank tells
 
@@ -216,14 +184,14 @@ class Watch:
 
     def _first_failure(self, error: BaseException) -> Failure:
         """The first failure of all; what only shows elsewhere leaves others time to tell theirs."""
-        patience = (seconds for kind, seconds in _PATIENCE_S.items() if isinstance(error, kind))
+        patience = (seconds for kind, seconds in PATIENCE_S.items() if isinstance(error, kind))
         self.stop.wait(next(patience, 0.0))
         return self.first or self._own(error).record(self._store)
 
     def _own(self, error: BaseException) -> Failure:
         text = str(error) or type(error).__name__
         if isinstance(error, KeyboardInterrupt) and not isinstance(error, Terminated):
-            return Failure(rank=self.ranks.rank, reason=INTERRUPTED, exit_code=_INTERRUPTED_CODE)
+            return Failure(rank=self.ranks.rank, reason=INTERRUPTED, exit_code=INTERRUPTED_CODE)
         if not isinstance(error, FlexpipeError | Terminated):
             text = f"{type(error).__name__}: {text}"
         reason = text if text.startswith("stage ") else f"{self.stage}: {text}"
@@ -249,8 +217,8 @@ class Watch:
         except RuntimeError as error:
             raise StoreLost("the store of the ranks is gone") from error
 
-    def _beats(self, store: Store) -> list[bytes]:
-        return store.multi_get([f"beat/{rank}" for rank in range(self.ranks.size)])
+    def _all(self, store: Store, what: str) -> list[bytes]:
+        return store.multi_get([f"{what}/{rank}" for rank in range(self.ranks.size)])
 
     # what it learns
 
@@ -266,34 +234,35 @@ class Watch:
                 if self._reach is not None:
                     self._look(store, pulse, self._reach)
                 self._unanswered = 0
-                if wait_for(store, _OVER, timedelta(seconds=self._interval_s)):
+                if wait_for(store, OVER, timedelta(seconds=self._interval_s)):
                     self._learn(Failure.read(store))
                     return
         except (RuntimeError, RunError):
             if not self._over.is_set():
-                self._learn(self._no_store("ended"))
+                self._learn(self._no_store(_DIED))
 
     def _look(self, store: Store, pulse: Pulse, reach: Reach) -> None:
         """Record who died, which the beats read afterwards tell from who left, and who is late."""
         ended = [rank for rank in range(self.ranks.size) if reach.has_ended(rank)]
-        beats = self._beats(store)
+        self._stages = [name.decode() for name in self._all(store, "stage")]
+        beats = self._all(store, "beat")
         for rank in ended:
             if beats[rank] != _LEFT:
-                self._failure_of(store, rank, "ended without a word, as if killed").record(store)
+                self._failure_of(rank, _DIED).record(store)
         for rank in pulse.late(beats):
-            what = (
-                f"gave no sign of life for {self._limit_s:g} s: it is frozen, or its host or the "
-                "network is down"
-            )
-            self._failure_of(store, rank, what).record(store)
+            self._failure_of(rank, _FROZEN.format(self._limit_s)).record(store)
             reach.kill(rank)
 
-    def _failure_of(self, store: Store, rank: int, what: str) -> Failure:
-        return Failure(rank=rank, reason=f"{store.get(f'stage/{rank}').decode()} {what}")
+    def _failure_of(self, rank: int, what: str) -> Failure:
+        return Failure(rank=rank, reason=f"{self._stages[rank]} {what}")
 
     def _no_store(self, what: str) -> Failure:
-        who = "what started the ranks" if self.ranks.store_is_served else self.ranks.name(0)
-        return Failure(rank=0, reason=f"{who}, which serves the store of all ranks, {what}")
+        """The store fails with whoever serves it."""
+        if self.ranks.store_is_served:
+            return Failure(rank=0, reason=f"what started the ranks {what}")
+        if self._reach is not None:
+            self._reach.kill(0)
+        return self._failure_of(0, what)
 
     def _learn(self, failure: Failure | None) -> None:
         """Another rank failed: stop this one, unless it is ending already."""
@@ -322,26 +291,29 @@ class Watch:
         while not self._over.wait(self._interval_s):
             self._unanswered += 1
             if self._unanswered > self._max_looks:
-                self._learn(self._no_store(f"did not answer for {self._limit_s:g} s"))
-                if self._reach is not None and not self.ranks.store_is_served:
-                    self._reach.kill(0)
+                self._learn(self._no_store(_FROZEN.format(self._limit_s)))
         if not self._closed.wait(GRACE_S):
             self._end_hard()
 
     def _end_hard(self) -> None:
-        assert self.first is not None
         for clean_up in self._clean_ups:
             with contextlib.suppress(Exception):
                 clean_up()
+        self._print_reason()
+        self._at_exit()
+
+    def _print_reason(self) -> None:
+        assert self.first is not None
         with contextlib.suppress(OSError, ValueError):
             print(f"flexpipe: error: {self.first.reason}", file=sys.stderr)
-        self._at_exit()
 
     def _at_exit(self) -> None:
         """End here after a failure: a thread that still waits in torch would abort the process
         when the interpreter is taken down."""
         if self.first is None:
             return
+        if self._shows_bug:  # behind its traceback
+            self._print_reason()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()

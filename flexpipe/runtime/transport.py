@@ -25,9 +25,9 @@ from torch import Tensor
 
 from flexpipe.closing import Closing
 from flexpipe.memory.disk import Stopped
+from flexpipe.runtime.failure import PeerLost
 from flexpipe.runtime.gang import Gang
 from flexpipe.runtime.ranks import Ranks
-from flexpipe.runtime.supervise import PeerLost
 
 log = logging.getLogger("flexpipe")
 

@@ -22,6 +22,7 @@ from flexpipe.units import GIB
 from tests.conftest import REPO
 
 NEEDS = [Need(512, 32)] * 64
+BLOCK = {"micro_batch_size": 16, "num_micro_batches": 4}  # leaves the search less to play
 
 
 @pytest.fixture
@@ -38,9 +39,9 @@ def slow_bfloat16(tmp_path: Path) -> Path:
 
 
 def test_a_model_of_350_gigabytes_is_planned_for_a_machine_on_paper() -> None:
-    outlook = Outlook.on_paper(Shape.open("opt-175b"), NEEDS, "t4-gcp", {})
+    outlook = Outlook.on_paper(Shape.open("opt-175b"), NEEDS, "t4-gcp", BLOCK)
     assert (outlook.device_tier, outlook.compute_dtype) == (Tier.GPU, "float16")
-    plan = outlook.choose({})
+    plan = outlook.choose(BLOCK)
     assert not plan.shortfalls() and plan.placement.achieved_bytes[Tier.DISK] > 100 * GIB
     assert predict(plan, outlook.needs, outlook.profile).total_s > 0
 
@@ -159,7 +160,7 @@ def test_a_machine_on_paper_needs_no_torch() -> None:
     program = (
         "import sys\n"
         "from flexpipe.job.outlook import Inquiry\n"
-        "Inquiry(model='opt-6.7b', hardware='t4-gcp').outlook({}).choose({})\n"
+        f"Inquiry(model='opt-6.7b', hardware='t4-gcp').outlook({BLOCK}).choose({BLOCK})\n"
         "sys.exit('imported torch' if 'torch' in sys.modules else 0)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -63,12 +63,12 @@ def records(folder: Path) -> dict[str, dict[str, Any]]:
     return keyed
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model(hf_checkpoint: Callable[..., Path]) -> Path:
     return hf_checkpoint("llama3")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """The records of a run that nothing interrupts."""
     folder = tmp_path_factory.mktemp("whole")
@@ -152,7 +152,7 @@ def eager_journal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("eager_journal")
-@pytest.mark.parametrize("point", random.Random(1).sample(range(len(POINTS)), 6))
+@pytest.mark.parametrize("point", random.Random(1).sample(range(len(POINTS)), 5))
 def test_a_killed_job_goes_on(
     model: Path, tmp_path: Path, whole: dict[str, Any], point: int
 ) -> None:

@@ -34,7 +34,7 @@ def some_rows(counts, region, generator):
     return KvRows(first_R, count_R, count_R.argsort(descending=True))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25)
 @given(
     counts=st.lists(st.integers(1, 70), min_size=1, max_size=5),
     num_kv=st.integers(1, 3),
@@ -60,7 +60,7 @@ def test_ragged_rows_attend_to_just_their_tokens(
     torch.testing.assert_close(q.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20)
 @given(
     counts=st.lists(st.integers(1, 70), min_size=1, max_size=4),
     num_kv=st.integers(1, 3),

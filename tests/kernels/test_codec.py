@@ -35,7 +35,6 @@ def steps(rows, codec, size):
     return step.repeat_interleave(codec.group_size, 1)[:, :size].double()
 
 
-@settings(max_examples=150, deadline=None)
 @given(
     codec=codecs,
     size=st.integers(1, 300),
@@ -52,7 +51,7 @@ def test_error_is_at_most_half_a_step_of_its_group(codec, size, scale, shift, dt
     assert (error <= steps(rows, codec, size) * 0.5 * (1 + 1e-6) + 1e-7 * x.double().abs()).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25)
 @given(
     codec=codecs,
     size=st.integers(1, 300),
@@ -73,7 +72,6 @@ def test_widen_takes_the_kernel_on_a_cpu(monkeypatch):
     assert widened(rows, Codec(bits=4), 70).isfinite().all()
 
 
-@settings(max_examples=40, deadline=None)
 @given(codec=codecs, size=st.integers(1, 300))
 def test_segments_cover_every_number_once_within_the_codes(codec, size):
     covered = [n for s in codec.segments(size) for n in range(s.start, s.stop)]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.hf import Reference
+from tests.hf import Reference, shallow
 from tests.runtime.jobs import Runner, Tokens
 
 LENGTHS = (40, 9, 30, 20, 3, 12)  # a page of the KV cache holds 32 tokens
@@ -38,9 +36,5 @@ def run(
 def run_shallow(run: Runner, tmp_path_factory: pytest.TempPathFactory) -> Runner:
     """The same with the first two layers only."""
     folder = tmp_path_factory.mktemp("shallow")
-    model = Path(shutil.copytree(run.model, folder / "model"))
-    config = json.loads((model / "config.json").read_text())
-    config["num_hidden_layers"] = 2
-    config.pop("layer_types", None)
-    (model / "config.json").write_text(json.dumps(config))
+    model = shallow(run.model, folder / "model", num_layers=2)
     return Runner(model, folder, run.prompts, run.max_tokens)

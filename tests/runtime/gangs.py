@@ -6,11 +6,13 @@ serves the store.
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import signal
 import socket
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
@@ -98,9 +100,14 @@ def _rank(folder: Path, ranks: Ranks, target: Target, arguments: Sequence[Any]) 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         target(ranks, *arguments)
-    except FlexpipeError as error:  # as the command line ends
+    except FlexpipeError as error:  # as the command line ends, and below the interpreter
         print(f"flexpipe: error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
+    except Exception:
+        traceback.print_exc()
+        raise
+    finally:
+        atexit._run_exitfuncs()
 
 
 def _free_port() -> int:

@@ -63,12 +63,25 @@ def is_gone(pid: int) -> bool:
 def test_stdout_is_rank_0s_and_stderr_everybodys_under_its_stage(
     start: Callable[..., int], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert start("print('answer', rank)\nprint('one\\ntwo', file=sys.stderr)", stages=3) == 0
+    assert (
+        start(
+            "print('answer', rank)\nprint('flexpipe: one\\nflexpipe: two', file=sys.stderr)",
+            stages=3,
+        )
+        == 0
+    )
     out, err = capfd.readouterr()
     assert out == "answer 0\n"
-    assert sorted(err.splitlines()) == [
-        f"[stage {rank}] {word}" for rank in range(3) for word in ("one", "two")
-    ]
+    assert sorted(err.splitlines()) == sorted(
+        f"[stage {rank}] flexpipe: {word}" for rank in range(3) for word in ("one", "two")
+    )
+
+
+def test_the_report_of_rank_0_needs_no_name(
+    start: Callable[..., int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert start("print('12 requests finished', file=sys.stderr) if rank == 0 else 0") == 0
+    assert capfd.readouterr().err == "12 requests finished\n"
 
 
 def test_ranks_learn_who_they_are_as_under_torchrun(start: Callable[..., int]) -> None:
@@ -89,7 +102,7 @@ def test_the_first_failures_words_come_last_and_once(
 ) -> None:
     code = """
 time.sleep(0.3 * rank)
-print("loading", file=sys.stderr)
+print("flexpipe: loading", file=sys.stderr)
 print("flexpipe: error: no such model", file=sys.stderr)
 sys.exit(3)
 """
@@ -97,7 +110,10 @@ sys.exit(3)
         start(code)
     assert raised.value.exit_code == 3
     err = capfd.readouterr().err
-    assert set(err.splitlines()) <= {"[stage 0] loading", "[stage 1] loading"}
+    assert set(err.splitlines()) <= {
+        "[stage 0] flexpipe: loading",
+        "[stage 1] flexpipe: loading",
+    }
 
 
 def test_a_killed_rank_is_told_with_its_signal_and_ends_the_others(

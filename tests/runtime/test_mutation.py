@@ -25,8 +25,8 @@ from tests.runtime.adversary import Adversary, Jitter, OpLog
 from tests.runtime.jobs import Outcome, Runner, Tokens
 from tests.schedule.plans import EDGE_KINDS
 
-SEEDS = range(2)
-MORE_SEEDS = range(2, 12)
+SEEDS = range(1)
+MORE_SEEDS = range(1, 12)
 
 
 @dataclass(frozen=True)
@@ -353,7 +353,7 @@ JITTERED = [
 
 @pytest.mark.parametrize("name", JITTERED)
 def test_random_delays_change_no_bit_of_the_logits(clean, run, name):
-    _check_jitter(run, clean[name][0], name, range(4))
+    _check_jitter(run, clean[name][0], name, range(3))
 
 
 @pytest.mark.slow

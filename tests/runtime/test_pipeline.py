@@ -176,8 +176,8 @@ def test_a_failure_on_any_stage_ends_all_and_names_stage_layers_and_op(rings, ki
         return fail
 
     before, began = threading.active_count(), time.monotonic()
-    layers = ["0 to 1", "2 to 4", "5 to 7"][rank]
-    told = rf"^stage {rank} \(layers {layers}\): {kind.value} .*ValueError: too hot"
+    layers = ["0-1", "2-4", "5-7"][rank]
+    told = rf"^stage {rank} \(rank {rank}, layers {layers}\): {kind.value} .*ValueError: too hot"
     with pytest.raises(RunError, match=told):
         ring(EVERYWHERE, cut(3, num_blocks=3), before_op=hook)
     assert time.monotonic() - began < 20

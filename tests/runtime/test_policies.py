@@ -124,13 +124,13 @@ def check_policy(runner: Runner, answers: Reference, device: str, asked: dict[st
         assert tokens == expected[: min(limit, end)]
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(**ANY)
 def test_any_policy_runs_with_the_reference_tokens_or_is_refused_by_name(runners, variant, job):
     check_policy(*runners[variant], *job)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(job=jobs(), weight=st.sampled_from(["none", "4"]))
 def test_any_policy_with_compressed_weights_gives_the_tokens_of_the_widened_model(
     compressed, job, weight

@@ -102,7 +102,7 @@ def _name(op: Op) -> tuple[object, ...]:
     return op.kind, op.segment, op.step, op.layer, op.mb, rows
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(
     job=jobs(),
     weight=st.sampled_from(COMPRESSIONS),

@@ -15,13 +15,15 @@ import torch
 from flexpipe.errors import RunError
 from flexpipe.memory.disk import Stopped
 from flexpipe.runtime.board import Deadline, connect, serve
+from flexpipe.runtime.device import device_of_rank
+from flexpipe.runtime.failure import PeerLost
 from flexpipe.runtime.ranks import Ranks
-from flexpipe.runtime.supervise import PeerLost
-from flexpipe.runtime.transport import GroupTransport, Seat, backend_for, ring
+from flexpipe.runtime.transport import GroupTransport, Seat, backend_for, ring, sharing
 from tests.runtime.gangs import run_gang
 
 MIB = 1 << 20
 CPU = torch.device("cpu")
+_PATIENCE = timedelta(seconds=60)
 
 
 @contextmanager
@@ -33,7 +35,11 @@ def connected(ranks: Ranks) -> Iterator[GroupTransport]:
     with GroupTransport(ranks, seats, connect(ranks, Deadline(60.0)), CPU) as transport:
         yield transport
         store.set(f"done/{ranks.rank}", "")
-        store.wait([f"done/{rank}" for rank in range(ranks.size)], timedelta(seconds=60))
+        store.wait([f"done/{rank}" for rank in range(ranks.size)], _PATIENCE)
+        if ranks.serves_store:  # to the last
+            store.wait([f"gone/{rank}" for rank in range(1, ranks.size)], _PATIENCE)
+        else:
+            store.set(f"gone/{ranks.rank}", "")
     del server
 
 
@@ -132,6 +138,31 @@ def test_gpus_speak_nccl_only_where_each_rank_has_one_of_its_own() -> None:
     assert backend_for([a, b]) == "nccl"
     assert backend_for([a, a]) == "gloo"
     assert backend_for([a, Seat(device_type="cpu", identity="host None")]) == "gloo"
+
+
+def test_ranks_that_share_a_gpu_are_told_of() -> None:
+    names = ("h gpu-a", "h gpu-b", "h gpu-a", "i gpu-a", "h gpu-a")
+    gpus = [Seat(device_type="cuda", identity=name) for name in names]
+    assert sharing(gpus) == ["0 and 2 and 4"]
+    assert sharing([Seat(device_type="cpu", identity="h None")] * 2) == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "local_rank", "taken"),
+    [
+        ("auto", 1, "cuda:1"),
+        ("cuda", 3, "cuda:1"),
+        ("cuda:0", 1, "cuda:0"),
+        ("cpu", 1, "cpu"),
+        ("emulated", 1, "emulated"),
+    ],
+)
+def test_ranks_of_a_host_take_its_accelerators_in_turns(
+    monkeypatch: pytest.MonkeyPatch, asked: str, local_rank: int, taken: str
+) -> None:
+    monkeypatch.setattr("flexpipe.runtime.device._accelerator", lambda: "cuda")
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    assert device_of_rank(asked, local_rank) == taken
 
 
 def test_a_lone_stage_has_no_ring() -> None:

@@ -23,7 +23,7 @@ def event_ops() -> list[Op]:
     return ops_of(plan, [step_of(plan)] * 3)
 
 
-@settings(max_examples=200)
+@settings(max_examples=80)
 @given(data=st.data())
 def test_any_plan_strategy_and_sequence_of_steps_is_without_hazard(data):
     plan = data.draw(plans())
@@ -38,7 +38,7 @@ def test_thousands_of_schedules_are_without_hazard(data):
     assert find_hazards(ops_of(plan, data.draw(steps_for(plan, most=8)))) == []
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_every_kind_of_edge_that_is_dropped_is_missed(data):
     plan = data.draw(plans(strategy="event"))
@@ -47,7 +47,7 @@ def test_every_kind_of_edge_that_is_dropped_is_missed(data):
         assert find_hazards(without_edges(ops, why)), why
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_every_single_edge_that_is_dropped_is_missed(data):
     """The schedule has no edge too many: each one is needed by itself."""
@@ -61,7 +61,7 @@ def test_every_single_edge_that_is_dropped_is_missed(data):
     assert find_hazards(mutant), f"{op} need not wait for {wait}"
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_the_kinds_of_edges_are_those_that_are_proven_to_be_needed(data):
     """What the mutation proof drops, on ops and in real runs, is all there is."""
