@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -87,7 +88,7 @@ class PipelineProposal:
             f"{first.compute_dtype}: {self.num_requests} requests, {made.prompt_tokens} prompt "
             f"tokens, {made.generated_tokens} to generate, {first.pipeline.num_blocks} blocks in "
             "flight",
-            plain_table(("stage", "policy"), self._policies()),
+            "\n".join(self._policies()),
             stage_table(self.plans, made),
             f"predicted: {format_count(made.generated_tokens_per_s)} tokens/s, done in "
             f"{format_seconds(made.total_s)} (load {format_seconds(made.load_s)}, prefill "
@@ -101,8 +102,12 @@ class PipelineProposal:
         ]
         return "\n\n".join(part for part in parts if part)
 
-    def _policies(self) -> list[tuple[str, str]]:
-        return [(str(p.rank), as_options(p.policy.to_dict())) for p in self.plans]
+    def _policies(self) -> list[str]:
+        """A line per policy, with the stages that have it."""
+        ranks = defaultdict[str, list[str]](list)
+        for plan in self.plans:
+            ranks[as_options(plan.policy.to_dict())].append(str(plan.rank))
+        return [f"stage {', '.join(mine)}: {options}" for options, mine in ranks.items()]
 
     def _others(self) -> list[tuple[str, str, str]]:
         return [_row(one) for one in self.found.others[:_NUM_SHOWN]]

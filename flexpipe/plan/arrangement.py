@@ -36,6 +36,12 @@ class Arrangement:
         if self.num_chunks > 1 and self.num_stages == 1:
             raise PolicyError("--virtual-stages needs --pipeline-parallel-size 2 or more")
 
+        if self.layers is not None and self.num_stages == 1:
+            raise PolicyError(
+                f"--layers-per-stage names {len(self.layers)} stages, but --pipeline-parallel-size "
+                "is 1; make the two equal"
+            )
+
     @property
     def num_ranks(self) -> int:
         """Processes that work together."""

@@ -20,7 +20,8 @@ def test_as_many_blocks_as_stages_are_in_flight_unless_told_otherwise():
     [
         ({"num_stages": 0}, "start at 1"),
         ({"partition": "odd"}, "--partition is one of balanced, even"),
-        ({"layers": (3, 3), "partition": "even"}, "exclude each other"),
+        ({"num_stages": 2, "layers": (3, 3), "partition": "even"}, "exclude each other"),
+        ({"layers": (3, 3)}, "names 2 stages, but --pipeline-parallel-size is 1"),
         ({"num_chunks": 2}, "--virtual-stages needs --pipeline-parallel-size 2"),
     ],
 )
