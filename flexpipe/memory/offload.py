@@ -51,7 +51,9 @@ class OffloadDirectory(Closing):
         """Remove the job's folder and let go of its lock."""
         fd, self._lock_fd = self._lock_fd, -1
         if fd >= 0:
-            shutil.rmtree(self.job, ignore_errors=True)
+            # one that starts now would find a folder without a lock, and half of its files
+            with contextlib.suppress(OSError), file_lock(self.path / "lock"):
+                shutil.rmtree(self.job, ignore_errors=True)
             os.close(fd)
 
 

@@ -22,7 +22,14 @@ from flexpipe.units import GIB
 from tests.conftest import REPO
 
 NEEDS = [Need(512, 32)] * 64
-BLOCK = {"micro_batch_size": 16, "num_micro_batches": 4}  # leaves the search less to play
+# leaves the search little to play but the shares
+BLOCK = {
+    "micro_batch_size": 16,
+    "num_micro_batches": 4,
+    "max_batch_tokens": 2048,
+    "separate_layers": False,
+    "prefetch_depth": 1,
+}
 
 
 @pytest.fixture
@@ -156,11 +163,13 @@ def test_a_gpu_share_on_a_cpu_on_paper_is_refused() -> None:
         Outlook.on_paper(Shape.open("opt-6.7b"), NEEDS, str(REPO / "tests" / "profile.yaml"), given)
 
 
-def test_a_machine_on_paper_needs_no_torch() -> None:
+def test_a_machine_on_paper_needs_no_torch(demo_model: Path) -> None:
     program = (
         "import sys\n"
         "from flexpipe.job.outlook import Inquiry\n"
-        f"Inquiry(model='opt-6.7b', hardware='t4-gcp').outlook({BLOCK}).choose({BLOCK})\n"
+        f"asked = dict(model={str(demo_model)!r}, prompt_len=16, gen_len=4)\n"
+        "given = dict(compute_dtype='float16')\n"
+        "Inquiry(**asked, hardware='t4-gcp').outlook(given).choose(given)\n"
         "sys.exit('imported torch' if 'torch' in sys.modules else 0)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

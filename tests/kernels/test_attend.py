@@ -34,19 +34,31 @@ def some_rows(counts, region, generator):
     return KvRows(first_R, count_R, count_R.argsort(descending=True))
 
 
-@settings(max_examples=25)
-@given(
-    counts=st.lists(st.integers(1, 70), min_size=1, max_size=5),
-    num_kv=st.integers(1, 3),
-    group=st.sampled_from([1, 2, 3, 4, 7, 8, 9, 12]),
-    dim=st.sampled_from([1, 2, 6, 8, 16, 24, 64, 80, 128]),
-    q_dtype=dtypes,
-    kv_dtype=dtypes,
-    scale=st.sampled_from([0.1, 1.0, 30.0]),
-)
-def test_ragged_rows_attend_to_just_their_tokens(
-    counts, num_kv, group, dim, q_dtype, kv_dtype, scale
-):
+RAGGED = {
+    "counts": st.lists(st.integers(1, 70), min_size=1, max_size=5),
+    "num_kv": st.integers(1, 3),
+    "group": st.sampled_from([1, 2, 3, 4, 7, 8, 9, 12]),
+    "dim": st.sampled_from([1, 2, 6, 8, 16, 24, 64, 80, 128]),
+    "q_dtype": dtypes,
+    "kv_dtype": dtypes,
+    "scale": st.sampled_from([0.1, 1.0, 30.0]),
+}
+
+
+@settings(max_examples=20)  # each is a kernel to compile
+@given(**RAGGED)
+def test_ragged_rows_attend_to_just_their_tokens(**case):
+    check_ragged(**case)
+
+
+@pytest.mark.slow
+@settings(max_examples=300)
+@given(**RAGGED)
+def test_rows_of_many_shapes_attend_to_just_their_tokens(**case):
+    check_ragged(**case)
+
+
+def check_ragged(counts, num_kv, group, dim, q_dtype, kv_dtype, scale):
     generator = torch.Generator().manual_seed(0)
     kv = torch.randn(len(counts), 70, 2, num_kv, dim, generator=generator).to(kv_dtype)
     gaps = torch.randn(len(counts), num_kv * group + 2, dim, generator=generator) * scale
@@ -60,19 +72,31 @@ def test_ragged_rows_attend_to_just_their_tokens(
     torch.testing.assert_close(q.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-@settings(max_examples=20)
-@given(
-    counts=st.lists(st.integers(1, 70), min_size=1, max_size=4),
-    num_kv=st.integers(1, 3),
-    group=st.sampled_from([1, 3, 4, 8, 9]),
-    dim=st.sampled_from([8, 16, 40, 64, 80, 96, 128]),
-    bits=st.sampled_from([4, 8]),
-    group_size=st.sampled_from([32, 64]),
-    q_dtype=dtypes,
-)
-def test_compressed_rows_attend_as_what_they_widen_to(
-    counts, num_kv, group, dim, bits, group_size, q_dtype
-):
+COMPRESSED = {
+    "counts": st.lists(st.integers(1, 70), min_size=1, max_size=4),
+    "num_kv": st.integers(1, 3),
+    "group": st.sampled_from([1, 3, 4, 8, 9]),
+    "dim": st.sampled_from([8, 16, 40, 64, 80, 96, 128]),
+    "bits": st.sampled_from([4, 8]),
+    "group_size": st.sampled_from([32, 64]),
+    "q_dtype": dtypes,
+}
+
+
+@settings(max_examples=10)  # each is a large kernel to compile
+@given(**COMPRESSED)
+def test_compressed_rows_attend_as_what_they_widen_to(**case):
+    check_compressed(**case)
+
+
+@pytest.mark.slow
+@settings(max_examples=150)
+@given(**COMPRESSED)
+def test_compressed_rows_of_many_shapes_attend_as_what_they_widen_to(**case):
+    check_compressed(**case)
+
+
+def check_compressed(counts, num_kv, group, dim, bits, group_size, q_dtype):
     generator = torch.Generator().manual_seed(0)
     kind = Codec(bits=bits, group_size=group_size)
     wide = torch.randn(len(counts), 70, 2, num_kv, dim, generator=generator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import multiprocessing
 import subprocess
@@ -69,6 +70,22 @@ def test_processes_that_start_together_leave_each_others_folders_alone(tmp_path:
             job.join(30)
         assert [job.exitcode for job in jobs] == [0] * 4
         assert mine.job.is_dir()
+
+
+def test_a_folder_goes_away_under_the_directorys_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = []
+
+    def rmtree(path: Path, ignore_errors: bool) -> None:
+        with (tmp_path / "lock").open() as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        refused.append(path)
+
+    offload = OffloadDirectory(tmp_path)
+    monkeypatch.setattr("flexpipe.memory.offload.shutil.rmtree", rmtree)
+    offload.close()
+    assert refused == [offload.job]
 
 
 def test_an_unusable_directory_is_an_input_error(tmp_path: Path) -> None:

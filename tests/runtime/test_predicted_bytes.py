@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
+import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
@@ -102,16 +104,31 @@ def _name(op: Op) -> tuple[object, ...]:
     return op.kind, op.segment, op.step, op.layer, op.mb, rows
 
 
-@settings(max_examples=25)
-@given(
-    job=jobs(),
-    weight=st.sampled_from(COMPRESSIONS),
-    vocabulary=st.sampled_from(COMPRESSIONS),
-    cache=st.sampled_from(COMPRESSIONS),
-)
-def test_the_ops_of_a_run_are_predicted_and_priced_at_the_bytes_they_move(
-    run, job, weight, vocabulary, cache
-):
+ANY = {
+    "job": jobs(),
+    "weight": st.sampled_from(COMPRESSIONS),
+    "vocabulary": st.sampled_from(COMPRESSIONS),
+    "cache": st.sampled_from(COMPRESSIONS),
+}
+
+
+@settings(max_examples=20)
+@given(**ANY)
+def test_the_ops_of_a_run_are_predicted_and_priced_at_the_bytes_they_move(run, **case):
+    check_prediction(run, **case)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@settings(max_examples=400)
+@given(**ANY)
+def test_the_ops_of_many_runs_are_predicted_and_priced_at_the_bytes_they_move(run, **case):
+    check_prediction(run, **case)
+
+
+def check_prediction(
+    run: Runner, job: tuple[str, dict[str, Any]], weight: str, vocabulary: str, cache: str
+) -> None:
     device, asked = job
     knobs = {
         "compress_weight": weight,
