@@ -29,7 +29,7 @@ from benchmarks.trial import (
     scratch,
     uniform_prompts,
 )
-from flexpipe.job.run import Probes
+from flexpipe.job.probes import Probes
 from flexpipe.plan.hardware import Emulation
 from flexpipe.plan.policy import percent_shares
 from flexpipe.runtime.stage import SampledToken, Stage

@@ -118,7 +118,8 @@ def main() -> None:
 
 def run(case: Case, work: Path) -> dict[str, Any]:
     """One job in this process: seconds, and per tier what was planned, measured and granted."""
-    from flexpipe.job.run import Probes, run_job
+    from flexpipe.job.probes import Probes
+    from flexpipe.job.run import run_job
     from flexpipe.job.spec import JobSpec
     from flexpipe.plan.policy import percent_shares
     from flexpipe.plan.tier import Tier

@@ -53,7 +53,7 @@ def equal(ragged: Sequence[int]) -> list[int]:
 
 def run(folder: Path, model: Path, outputs: Sequence[int], given: dict[str, Any]) -> Trial:
     from flexpipe.job.batcher import Admitted
-    from flexpipe.job.run import Probes
+    from flexpipe.job.probes import Probes
 
     def on_admit(request: Admitted) -> Admitted:
         stop = StopAfter(outputs[request.entry.index - 1])

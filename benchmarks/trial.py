@@ -99,7 +99,8 @@ def run_trial(
     probes: Any = None,
 ) -> Trial:
     """Run a job in `directory`; `probes` are the engine's hooks for tests and benchmarks."""
-    from flexpipe.job.run import Probes, run_job
+    from flexpipe.job.probes import Probes
+    from flexpipe.job.run import run_job
     from flexpipe.job.spec import JobSpec
 
     seen: dict[str, Any] = {}

@@ -36,6 +36,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # what a shell starts in the background ignores Ctrl-C, and so would the runs that tests interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# as `flexpipe run` has it: torch tells of every wait in its store, with a look at the name server
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 # nothing here, nor in a child, measures the machine it runs on
 os.environ["FLEXPIPE_PROFILE"] = str(REPO / "tests/profile.yaml")
 

@@ -115,6 +115,36 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 # for claims of their own
 OTHERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "qwen3-wide": ("qwen3", {**_SMALL, "num_key_value_heads": 2, "head_dim": 80}),
+    "llama2-deep": ("llama", {**_SMALL, "num_hidden_layers": 8, "tie_word_embeddings": False}),
+    "qwen2-windows-deep": (
+        "qwen2",
+        {
+            **_SMALL,
+            "num_hidden_layers": 8,
+            "num_key_value_heads": 2,
+            "use_sliding_window": True,
+            "sliding_window": 48,
+            "max_window_layers": 3,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "opt-350m-deep": (
+        "opt",
+        {**_OPT, "num_hidden_layers": 8, "word_embed_proj_dim": 32, "do_layer_norm_before": False},
+    ),
+    # four shards have heads enough, and a vocabulary that they cannot share evenly
+    "llama-eight": (
+        "llama",
+        {
+            **_SMALL,
+            "vocab_size": VOCAB + 3,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
 }
 
 
@@ -184,8 +214,11 @@ def shallow(source: Path, target: Path, *, num_layers: int) -> Path:
     return target
 
 
-def widened_checkpoint(source: Path, target: Path, knobs: Mapping[str, Any]) -> Path:
-    """A copy in float32 whose matrices hold what the `compress_*` knobs leave of them."""
+def widened_checkpoint(
+    source: Path, target: Path, knobs: Mapping[str, Any], num_shards: int = 1
+) -> Path:
+    """A copy in float32 whose matrices hold what the `compress_*` knobs leave of them, each shard's
+    part of a row by itself."""
     from safetensors.torch import load_file, save_file
 
     from flexpipe.kernels.codec import compress, widen
@@ -200,10 +233,11 @@ def widened_checkpoint(source: Path, target: Path, knobs: Mapping[str, Any]) -> 
     for spec in model_tensors(config):
         codec = policy.vocabulary_codec if meets_vocabulary(spec) else policy.weight_codec
         if codec is not None and is_shared(spec):
-            matrix = tensors[spec.name]
-            rows = torch.empty(len(matrix), codec.row_bytes(matrix.shape[1]), dtype=torch.uint8)
-            compress(matrix, codec, rows)
-            widen(rows, codec, matrix)
+            split = num_shards if spec.role in ("o_proj", "down_proj") else 1
+            for matrix in tensors[spec.name].chunk(split, 1):
+                rows = torch.empty(len(matrix), codec.row_bytes(matrix.shape[1]), dtype=torch.uint8)
+                compress(matrix, codec, rows)
+                widen(rows, codec, matrix)
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     return target
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.gpu.part import Bench, Finding
 from benchmarks.trial import Trial, llama_shape, run_trial, uniform_prompts
-from flexpipe.job.run import Probes
+from flexpipe.job.probes import Probes
 from flexpipe.model.cost import decoder_flops
 from flexpipe.model.families import read_config
 from flexpipe.plan.hardware import Emulation

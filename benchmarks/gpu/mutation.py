@@ -22,7 +22,7 @@ import torch
 from benchmarks.gpu.part import Bench, Finding
 from benchmarks.trial import run_trial
 from flexpipe.errors import FlexpipeError
-from flexpipe.job.run import Probes
+from flexpipe.job.probes import Probes
 from flexpipe.plan.policy import percent_shares
 from flexpipe.runtime.dispatcher import STREAMS
 from flexpipe.schedule.check import without_edges

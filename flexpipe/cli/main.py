@@ -61,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def _exit_code(arguments: list[str]) -> int:
     try:
-        with _told_on_stderr(), cli.make_context("flexpipe", arguments) as context:
+        given = tuple(arguments)  # for a command that starts itself again
+        with _told_on_stderr(), cli.make_context("flexpipe", arguments, obj=given) as context:
             cli.invoke(context)
         sys.stdout.flush()
     except click.exceptions.Exit as exit:

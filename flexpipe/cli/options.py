@@ -15,9 +15,10 @@ from typing import Any
 
 import click
 
-from flexpipe.errors import FlexpipeError
+from flexpipe.errors import FlexpipeError, InputError
 from flexpipe.job.bench import Workload
 from flexpipe.job.spec import LOAD_FORMATS, TRACE_SUFFIXES
+from flexpipe.plan.arrangement import PARTITIONS, Arrangement
 from flexpipe.plan.hardware import Emulation
 from flexpipe.plan.policy import (
     COMPRESSIONS,
@@ -30,6 +31,7 @@ from flexpipe.plan.policy import (
 )
 from flexpipe.plan.policy_file import PolicyFile
 from flexpipe.preset import policy_file
+from flexpipe.runtime.network import Network
 from flexpipe.units import parse_bytes
 
 Command = Callable[..., None]
@@ -125,11 +127,48 @@ def policy_options(command: Command) -> Command:
     @functools.wraps(command)
     def with_given(policy: str | None, percent: tuple[float, ...] | None, **others: Any) -> None:
         knobs = {field: others.pop(field) for field in OPTION_NAMES if field in others}
-        file = PolicyFile(knobs={}) if policy is None else PolicyFile.read(policy_file(policy))
+        file = _policy_file(policy)
+        if file.stages:
+            raise InputError(
+                f"--policy {policy} is for a pipeline of {len(file.stages)} stages, which this "
+                "command does not take; use another one"
+            )
         given = given_knobs(file.knobs, percent, knobs)
         command(given=given, made_for=file.made_for, **others)
 
     return _decorated(with_given, _POLICY_OPTIONS)
+
+
+def stage_policy_options(command: Command) -> Command:
+    """Add the knobs, and how a model is shared among ranks; beside what `policy_options` gives, the
+    command gets the `Arrangement`, as `arrangement`, which may come from the policy file, and the
+    knobs given for each stage, as `stage_given`."""
+
+    @functools.wraps(command)
+    def with_given(
+        policy: str | None,
+        percent: tuple[float, ...] | None,
+        arrangement: Arrangement,
+        **others: Any,
+    ) -> None:
+        knobs = {field: others.pop(field) for field in OPTION_NAMES if field in others}
+        file = _policy_file(policy)
+        if file.stages:
+            arrangement = arrangement.of_stages(len(file.stages), file.cut)
+        own = [stage.knobs for stage in file.stages] or [{}] * arrangement.num_stages
+        command(
+            given=given_knobs(file.knobs, percent, knobs),
+            stage_given=tuple(given_knobs({**file.knobs, **one}, percent, knobs) for one in own),
+            arrangement=arrangement,
+            made_for=file.made_for,
+            **others,
+        )
+
+    return pipeline_options(_decorated(with_given, _POLICY_OPTIONS))
+
+
+def _policy_file(policy: str | None) -> PolicyFile:
+    return PolicyFile(knobs={}) if policy is None else PolicyFile.read(policy_file(policy))
 
 
 def given_knobs(
@@ -140,6 +179,44 @@ def given_knobs(
     if percent is not None:
         given |= percent_shares(percent)
     return given | {field: value for field, value in knobs.items() if value is not None}
+
+
+_SECONDS = click.FloatRange(min=0, min_open=True)
+_NETWORK_DEFAULTS = {name: item.default for name, item in Network.__dataclass_fields__.items()}
+_NETWORK_OPTIONS = (
+    click.option(
+        "--interface",
+        metavar="NAME",
+        help="Network interface between hosts, like eth0 (default: the one on the way to rank 0).",
+    ),
+    click.option(
+        "--join-timeout",
+        "join_limit_s",
+        type=_SECONDS,
+        default=_NETWORK_DEFAULTS["join_limit_s"],
+        show_default=True,
+        help="Seconds to wait for all ranks at the start.",
+    ),
+    click.option(
+        "--heartbeat-timeout",
+        "heartbeat_limit_s",
+        type=_SECONDS,
+        default=_NETWORK_DEFAULTS["heartbeat_limit_s"],
+        show_default=True,
+        help="Seconds without a sign of life after which a rank counts as frozen.",
+    ),
+)
+
+
+def network_options(command: Command) -> Command:
+    """Add how ranks find each other: a `Network`, as `network`."""
+
+    @functools.wraps(command)
+    def with_network(**options: Any) -> None:
+        asked = {item.name: options.pop(item.name) for item in fields(Network)}
+        command(network=Network(**asked), **options)
+
+    return _decorated(with_network, _NETWORK_OPTIONS)
 
 
 _MODEL_OPTIONS = (
@@ -248,6 +325,65 @@ _REPORT_OPTIONS = (
 def machine_options(command: Command) -> Command:
     """Add where to run and what to show: device, emulation, offload_dir, trace_path, as_json."""
     return device_options(_decorated(command, _REPORT_OPTIONS))
+
+
+_PIPELINE_OPTIONS = (
+    click.option(
+        "--pipeline-parallel-size",
+        "num_stages",
+        type=_COUNT,
+        help="Stages that the layers are cut into, each with devices and memories of its own "
+        "(default 1).",
+    ),
+    click.option(
+        "--tensor-parallel-size",
+        "num_shards",
+        type=_COUNT,
+        help="Ranks that share the heads and widths of each stage (default 1).",
+    ),
+    click.option(
+        "--num-inner-iterations",
+        "num_blocks",
+        type=_COUNT,
+        help="Blocks in flight in the pipeline (default: one per stage).",
+    ),
+    click.option(
+        "--virtual-stages",
+        "num_chunks",
+        type=_COUNT,
+        help="Ranges of layers that each rank owns, taken in turns (default 1).",
+    ),
+    click.option(
+        "--async-comm/--no-async-comm",
+        "async_comm",
+        default=None,
+        help="Send and receive while layers compute (default: yes).",
+    ),
+    click.option(
+        "--partition",
+        type=click.Choice(PARTITIONS),
+        help="Cut by what stages are predicted to take, or evenly (default balanced).",
+    ),
+    click.option(
+        "--layers-per-stage",
+        "layers",
+        type=_read_by(Arrangement.parse_layers),
+        metavar="N,N,...",
+        help="Cut by hand: the layers of each stage.",
+    ),
+)
+
+
+def pipeline_options(command: Command) -> Command:
+    """Add how a model is shared among ranks: an `Arrangement`, as `arrangement`."""
+
+    @functools.wraps(command)
+    def with_arrangement(**options: Any) -> None:
+        asked = {item.name: options.pop(item.name) for item in fields(Arrangement)}
+        known = {name: value for name, value in asked.items() if value is not None}
+        command(arrangement=Arrangement(**known), **options)
+
+    return _decorated(with_arrangement, _PIPELINE_OPTIONS)
 
 
 _PATH = click.Path(path_type=Path)

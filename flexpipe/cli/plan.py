@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from flexpipe.cli.options import bytes_option, inquiry_options, policy_options
+from flexpipe.cli.options import bytes_option, inquiry_options, stage_policy_options
 from flexpipe.errors import InputError
 from flexpipe.plan.policy_file import MadeFor, write_whole
 
 if TYPE_CHECKING:
     from flexpipe.job.outlook import Inquiry
+    from flexpipe.plan.arrangement import Arrangement
 
 
 @click.command()
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Write the policy as a file for --policy.",
 )
-@policy_options
+@stage_policy_options
 def plan(
     inquiry: Inquiry,
     max_latency_s: float | None,
@@ -56,6 +57,8 @@ def plan(
     output_path: Path | None,
     as_json: bool,
     given: Mapping[str, Any],
+    stage_given: Sequence[Mapping[str, Any]],
+    arrangement: Arrangement,
     made_for: MadeFor | None,
 ) -> None:
     """Find the fastest policy for a model, a workload and a machine.
@@ -73,13 +76,20 @@ def plan(
         if not fitting.fits:
             click.get_current_context().exit(4)
         return
-    from flexpipe.job.proposal import propose  # numpy and scipy are not needed for --help
+    from flexpipe.job.pipeline_proposal import PipelineProposal, propose_pipeline
+    from flexpipe.job.proposal import Proposal, propose  # numpy and scipy are not needed for --help
     from flexpipe.policy.search import Limits
 
     limits = Limits(
         max_latency_s=max_latency_s, max_disk_writes=max_disk_writes, compression=compression
     )
-    found = propose(inquiry.outlook(given, made_for), given, limits, date.today().isoformat())
+    outlook = inquiry.outlook(given, made_for, num_shards=arrangement.num_shards)
+    today = date.today().isoformat()
+    found: Proposal | PipelineProposal
+    if arrangement.num_stages > 1:
+        found = propose_pipeline(outlook, stage_given, arrangement, limits, today)
+    else:
+        found = propose(outlook, given, limits, today)
     if output_path is not None:
         write_whole(output_path, found.policy_file())
         print(f"flexpipe: {output_path} holds the policy, for --policy", file=sys.stderr)

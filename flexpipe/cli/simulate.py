@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from flexpipe.cli.options import inquiry_options, policy_options
+from flexpipe.cli.options import inquiry_options, stage_policy_options
 from flexpipe.errors import InputError
 from flexpipe.job.spec import TRACE_SUFFIXES
 
 if TYPE_CHECKING:
     from flexpipe.job.outlook import Inquiry
+    from flexpipe.plan.arrangement import Arrangement
     from flexpipe.plan.policy_file import MadeFor
 
 
@@ -36,13 +37,15 @@ if TYPE_CHECKING:
     help="Steps to draw, from the first on (default: until there are some 5,000 ops; more are hard "
     "to read).",
 )
-@policy_options
+@stage_policy_options
 def simulate(
     inquiry: Inquiry,
     output_path: Path | None,
     num_steps: int | None,
     as_json: bool,
     given: Mapping[str, Any],
+    stage_given: Sequence[Mapping[str, Any]],
+    arrangement: Arrangement,
     made_for: MadeFor | None,
 ) -> None:
     """Play a plan without running it: its times, its bytes, its timeline.
@@ -55,7 +58,8 @@ def simulate(
     from flexpipe.job.timeline import play  # numpy is not needed for --help
 
     draws = output_path is not None
-    made = play(inquiry.outlook(given, made_for), given, draws=draws, num_steps=num_steps)
+    outlook = inquiry.outlook(given, made_for, num_shards=arrangement.num_shards)
+    made = play(outlook, stage_given, arrangement, draws=draws, num_steps=num_steps)
     if output_path is not None:
         made.draw(output_path)
         drawn = f"the first {made.num_drawn_steps} of {made.prediction.num_steps} steps"

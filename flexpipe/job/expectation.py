@@ -13,10 +13,7 @@ from dataclasses import dataclass
 from flexpipe.errors import FlexpipeError
 from flexpipe.job.predicted import Predicted
 from flexpipe.plan.block import Need
-from flexpipe.plan.hardware import Emulation
-from flexpipe.plan.plan import Plan
-from flexpipe.policy.predict import Effort, Prediction, predict
-from flexpipe.policy.profile import Profile
+from flexpipe.policy.predict import Assignment, Effort, Prediction, predict_stages
 from flexpipe.units import format_seconds
 
 EFFORT = Effort(exact_ops=10_000, sampled_ops=10_000)  # half a second's worth
@@ -32,57 +29,37 @@ class Expectation:
     `order`.
     """
 
-    plan: Plan
+    stages: Sequence[Assignment]
     needs: Sequence[Need]
     order: Sequence[int]
-    profile: Profile
-    emulation: Emulation | None
     prediction: Prediction
 
     @classmethod
     def of(
         cls,
-        plan: Plan,
+        stages: Sequence[Assignment],
         needs: Sequence[Need],
         order: Sequence[int],
-        profile: Profile,
-        emulation: Emulation | None,
     ) -> Expectation | None:
         """None where nothing can be predicted; a line in the log says why."""
         try:
-            prediction = _predict(plan, needs, order, profile, emulation)
+            prediction = predict_stages(stages, needs, order=order, effort=EFFORT)
         except FlexpipeError as error:
             log.info("nothing is predicted: %s", error)
             return None
-        return cls(
-            plan=plan,
-            needs=needs,
-            order=order,
-            profile=profile,
-            emulation=emulation,
-            prediction=prediction,
-        )
+        return cls(stages=stages, needs=needs, order=order, prediction=prediction)
 
     def compare(self, measured: Mapping[str, float], fewer: Mapping[int, int]) -> Predicted:
         """Beside what was measured; `fewer` has the tokens of those needs that generated less."""
+        profile = self.stages[0].profile
         if not fewer:
-            return Predicted.of(self.prediction, self.profile, measured)
+            return Predicted.of(self.prediction, profile, measured)
         came = [
             Need(need.prompt, max(1, fewer.get(index, need.output)))
             for index, need in enumerate(self.needs)
         ]
-        again = _predict(self.plan, came, self.order, self.profile, self.emulation)
-        return Predicted.of(again, self.profile, measured, lengths_came=True)
-
-
-def _predict(
-    plan: Plan,
-    needs: Sequence[Need],
-    order: Sequence[int],
-    profile: Profile,
-    emulation: Emulation | None,
-) -> Prediction:
-    return predict(plan, needs, profile, emulation, order=order, effort=EFFORT)
+        again = predict_stages(self.stages, came, order=self.order, effort=EFFORT)
+        return Predicted.of(again, profile, measured, lengths_came=True)
 
 
 def eta(prediction: Prediction) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from flexpipe.job.batcher import Batcher
-from flexpipe.job.report import LaneUse, LinkUse, Report, ShareUse, TierUse
+from flexpipe.job.report import LaneUse, LinkUse, Report, ShareUse, StageUse, TierUse
 from flexpipe.plan.hardware import peak_rss_bytes
 from flexpipe.plan.plan import Plan
 from flexpipe.plan.tier import Tier
@@ -24,16 +26,19 @@ _LINK_KINDS: Mapping[str, tuple[Kind, ...]] = {
     "d2h": (Kind.STORE_CACHE, Kind.STORE_HIDDEN, Kind.MOVE_QUERY, Kind.FETCH_TOKENS),
     "disk_read": (Kind.READ_WEIGHT, Kind.READ_EMBED, Kind.READ_CACHE, Kind.READ_HIDDEN),
     "disk_write": (Kind.WRITE_CACHE, Kind.WRITE_HIDDEN),
+    "comm": (Kind.SEND_HIDDEN, Kind.SEND_TOKENS, Kind.ALL_REDUCE),
 }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """Seconds and bytes of the run; `physical_read_bytes` came from the device itself."""
+    """Seconds and bytes of the run; `physical_read_bytes` came from the device itself, `cpu_s` is
+    what all threads computed while it ran."""
 
     load_s: float
     began: float
     run_s: float
+    cpu_s: float
     physical_read_bytes: int | None
     disk_bytes: int
 
@@ -51,17 +56,27 @@ class Tally:
     num_early: dict[int, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ran:
+    """A stage that has run; it is closed, but its figures can be read."""
+
+    stage: Stage
+    device: Device
+    recorder: Recorder
+    measured: Measured
+
+    @property
+    def plan(self) -> Plan:
+        return self.stage.plan
+
+
 def report(
-    model: str,
-    plan: Plan,
-    device: Device,
-    stage: Stage,
-    batcher: Batcher,
-    recorder: Recorder,
-    tally: Tally,
-    measured: Measured,
+    model: str, ran: Ran, batcher: Batcher, tally: Tally, stages: Sequence[StageUse] = ()
 ) -> Report:
-    """The figures of a finished run."""
+    """The figures of a finished run; of `stages`, where there are several, links and tiers are told
+    in sum, each by its first shard, as they are predicted."""
+    first = [use for use in stages if not use.shard]
+    plan, device, recorder, measured = ran.plan, ran.device, ran.recorder, ran.measured
     took, drain = phases(batcher.counts, measured.began), tail(batcher.counts)
     return Report(
         model=model,
@@ -85,12 +100,13 @@ def report(
         prompt_tokens=sum(count.prompt_tokens for count in batcher.counts),
         generated_tokens=tally.num_tokens,
         decode_step_tokens=took.decoded,
-        links=_links(device, recorder),
+        links=_summed_links(first) or _links(device, recorder),
         lanes=_lanes(recorder, measured.run_s),
-        tiers=_tiers(plan, stage, measured.disk_bytes),
+        tiers=_summed_tiers(first) or _tiers(ran),
         shares=_shares(plan),
+        stages=stages,
         policy=plan.policy.to_dict(),
-        notes=_notes(device, stage, measured),
+        notes=_notes(device, ran.stage, measured),
         bottleneck=_bottleneck(device, recorder, measured),
     )
 
@@ -151,7 +167,70 @@ def _lanes(recorder: Recorder, run_s: float) -> list[LaneUse]:
     return uses
 
 
-def _tiers(plan: Plan, stage: Stage, disk_bytes: int) -> list[TierUse]:
+def stage_use(ran: Ran, name: str, host: str) -> StageUse:
+    """The figures of one rank; its bubble is known once all ranks' windows are."""
+    steps, measured = ran.recorder.step_s, ran.measured
+    return StageUse(
+        stage=ran.plan.rank,
+        shard=ran.plan.config.shard.index,
+        name=name,
+        host=host,
+        device=ran.device.name,
+        layers=layers_of(ran.plan),
+        window_s=ran.recorder.window_s,
+        compute_s=ran.recorder.lane_busy_s(Lane.COMPUTE),
+        num_steps=len(steps),
+        step_s=_percentiles(steps),
+        cpu_share=measured.cpu_s / measured.run_s if measured.run_s else 0.0,
+        links=_links(ran.device, ran.recorder),
+        tiers=_tiers(ran),
+    )
+
+
+def layers_of(plan: Plan) -> str:
+    """The decoder layers of a stage, as messages name them."""
+    chunks = plan.pipeline.chunks(plan.rank)
+    return "layers " + ", ".join(f"{chunk.start}-{chunk.stop - 1}" for chunk in chunks)
+
+
+def _percentiles(seconds: Sequence[float]) -> tuple[float, float, float]:
+    """The 50th, 90th and 99th."""
+    if not seconds:
+        return 0.0, 0.0, 0.0
+    half, most, nearly_all = np.percentile(seconds, (50, 90, 99)).tolist()
+    return half, most, nearly_all
+
+
+def _summed_links(stages: Sequence[StageUse]) -> list[LinkUse]:
+    """What all stages moved over links of one name; the rate is that of one."""
+    uses = []
+    for name in dict.fromkeys(use.name for stage in stages for use in stage.links):
+        alike = [use for stage in stages for use in stage.links if use.name == name]
+        num_bytes, busy_s = sum(use.bytes for use in alike), sum(use.busy_s for use in alike)
+        rate = num_bytes / busy_s if busy_s else 0.0
+        uses.append(LinkUse(name=name, bytes=num_bytes, busy_s=busy_s, bytes_per_s=rate))
+    return uses
+
+
+def _summed_tiers(stages: Sequence[StageUse]) -> list[TierUse]:
+    """Peaks of all stages in sum; they need not have come at one moment."""
+    uses = []
+    for tier in dict.fromkeys(use.tier for stage in stages for use in stage.tiers):
+        alike = [use for stage in stages for use in stage.tiers if use.tier == tier]
+        asked = [use.asked_bytes for use in alike if use.asked_bytes is not None]
+        uses.append(
+            TierUse(
+                tier=tier,
+                planned_bytes=sum(use.planned_bytes for use in alike),
+                measured_bytes=sum(use.measured_bytes for use in alike),
+                asked_bytes=sum(asked) if asked else None,
+            )
+        )
+    return uses
+
+
+def _tiers(ran: Ran) -> list[TierUse]:
+    plan, stage, disk_bytes = ran.plan, ran.stage, ran.measured.disk_bytes
     measured = {
         Tier.GPU: stage.memory.peak_device_bytes(),
         Tier.CPU: peak_rss_bytes() - stage.memory.emulated_bytes(plan.device_tier),
@@ -179,7 +258,7 @@ def _shares(plan: Plan) -> list[ShareUse]:
     for mb in plan.micro_batches:
         by_kind["hidden"][mb.hidden_home] += plan.hidden_bytes(mb)
         for tier in Tier:
-            room = mb.region_tokens * plan.token_bytes * plan.config.num_layers
+            room = mb.region_tokens * plan.token_bytes * plan.num_decoder_layers
             by_kind["kv_cache"][tier] += len(mb.places(tier)) * room
     uses = []
     for kind, given in by_kind.items():

@@ -19,10 +19,13 @@ from flexpipe.job.params import SamplingParams
 from flexpipe.job.spec import DEFAULT_OFFLOAD_DIR, checked_emulation
 from flexpipe.memory.dummy import find_shape
 from flexpipe.memory.paper import paper_forms, tensors_of
-from flexpipe.model.config import ModelConfig
+from flexpipe.memory.shards import shard_tensors
+from flexpipe.model.config import ModelConfig, Shard, shard_config
 from flexpipe.model.families import read_config
-from flexpipe.plan.block import Need
+from flexpipe.plan.arrangement import Arrangement
+from flexpipe.plan.block import Need, Queue
 from flexpipe.plan.hardware import Emulation
+from flexpipe.plan.pipeline import Pipeline
 from flexpipe.plan.placement import Stored
 from flexpipe.plan.plan import Budgets, Plan, Planner, check_fits
 from flexpipe.plan.policy import Policy
@@ -30,6 +33,8 @@ from flexpipe.plan.policy_file import MadeFor
 from flexpipe.plan.rule import advice
 from flexpipe.plan.tier import Tier
 from flexpipe.policy.dtype import candidate_dtypes, compute_dtype
+from flexpipe.policy.pipeline import Model, Site, best_pipeline
+from flexpipe.policy.predict import Assignment
 from flexpipe.policy.profile import Profile, read_profile
 from flexpipe.policy.search import best_plan
 from flexpipe.policy.shares import Machine
@@ -57,11 +62,13 @@ class Shape:
     directory: Path | None
 
     @classmethod
-    def open(cls, model: str, revision: str | None = None) -> Shape:
-        """Of a checkpoint's directory, a hub name, a preset or a bare config.json."""
+    def open(cls, model: str, revision: str | None = None, *, num_shards: int = 1) -> Shape:
+        """Of a checkpoint's directory, a hub name, a preset or a bare config.json; with several
+        shards, the first one's, which has the most to do."""
         directory, hf_config = find_shape(model, revision)
-        config = read_config(hf_config)
-        stored = tensors_of(directory, config)
+        whole = read_config(hf_config)
+        config = shard_config(whole, Shard(0, num_shards))
+        stored = shard_tensors(config, tensors_of(directory, whole))
         return cls(name=model, config=config, stored=stored, directory=directory)
 
 
@@ -143,8 +150,40 @@ class Outlook:
             self.budgets,
             device_tier=self.device_tier,
             compute_dtype=compute_dtype or self.compute_dtype,
-            compress=paper_forms(self.shape.config),
+            form_of=paper_forms(self.shape.config),
         )
+
+    @property
+    def stage_model(self) -> Model:
+        """The model, for whoever shares it among ranks."""
+        config, queue = self.shape.config, Queue.of(self.needs)
+
+        def planner(pipeline: Pipeline, rank: int, budgets: Budgets) -> Planner:
+            return Planner(
+                config,
+                queue,
+                self.shape.stored,
+                budgets,
+                device_tier=self.device_tier,
+                compute_dtype=self.compute_dtype,
+                form_of=paper_forms(config),
+                pipeline=pipeline,
+                rank=rank,
+            )
+
+        return Model(num_layers=config.num_layers, needs=self.needs, make_planner=planner)
+
+    def sites(self, stage_given: Sequence[Mapping[str, Any]]) -> list[Site]:
+        """As many machines like this one, one for each stage."""
+        return [
+            Site(
+                budgets=_within(self.budgets, given),
+                device_tier=self.device_tier,
+                machine=self.machine,
+                given=given,
+            )
+            for given in stage_given
+        ]
 
     @property
     def machine(self) -> Machine:
@@ -158,6 +197,26 @@ class Outlook:
         if plan.shortfalls():
             check_fits(plan, advice(given, planner, self.device_tier, len(self.needs)))
         return plan
+
+    def choose_stages(
+        self, stage_given: Sequence[Mapping[str, Any]], arrangement: Arrangement
+    ) -> tuple[Plan, ...]:
+        """The plans of a pipeline's stages, each on a machine like this one; a PlanError where none
+        fits."""
+        if arrangement.num_stages == 1:
+            return (self.choose(stage_given[0]),)
+        plans = best_pipeline(self.stage_model, self.sites(stage_given), arrangement)
+        for plan in plans:
+            check_fits(plan, "Use more stages, or machines with more memory.")
+        return plans
+
+    def assignments(self, plans: Sequence[Plan]) -> list[Assignment]:
+        """Each stage's plan on a machine like this one."""
+        machine = self.machine
+        return [
+            Assignment(plan=plan, profile=machine.profile, emulation=machine.emulation)
+            for plan in plans
+        ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,10 +256,12 @@ class Inquiry:
         made_for: MadeFor | None = None,
         *,
         needs_rates: bool = True,
+        num_shards: int = 1,
     ) -> Outlook:
         """Look at model, requests and machine; `given` are the policy's knobs, `made_for` the model
-        they were found for, if they were."""
-        shape = Shape.open(self.model, self.revision)
+        they were found for, if they were. With several shards all is of one, on a machine of its
+        own."""
+        shape = Shape.open(self.model, self.revision, num_shards=num_shards)
         if made_for is not None:
             made_for.check(shape.name, shape.config)
         needs = self._needs(shape, given)
@@ -256,6 +317,16 @@ def needs_of_file(path: Path, shape: Shape, params: SamplingParams) -> list[Need
     if len(needs) < len(judged):
         log.warning("%d lines of %s cannot be run and do not count", len(judged) - len(needs), path)
     return needs
+
+
+def _within(budgets: Budgets, given: Mapping[str, Any]) -> Budgets:
+    """The budgets, or less where a stage is given less."""
+    asked = {tier.value: given.get(f"{tier.value}_mem") for tier in Tier}
+    least = {
+        name: budgets.of(Tier(name)) if size is None else min(size, budgets.of(Tier(name)))
+        for name, size in asked.items()
+    }
+    return Budgets(**least, overhead=budgets.overhead)
 
 
 def _budgets(profile: Profile, given: Mapping[str, Any]) -> Budgets:

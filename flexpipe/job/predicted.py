@@ -5,7 +5,7 @@ Values and their table, for reports; `flexpipe.job.expectation` makes them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import TYPE_CHECKING
@@ -15,6 +15,14 @@ from flexpipe.units import format_bytes, format_seconds
 if TYPE_CHECKING:
     from flexpipe.policy.predict import Prediction
     from flexpipe.policy.profile import Profile
+
+
+# by the last word of a figure's name
+_SHOWN: Mapping[str, Callable[[float], str]] = {
+    "bytes": format_bytes,
+    "s": format_seconds,
+    "bubble": "{:.1%}".format,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +41,8 @@ class Compared:
 
     def row(self) -> tuple[str, str, str, str]:
         """Cells of a table."""
-        is_bytes = self.name.endswith("_bytes")
-        name = self.name.removesuffix("_bytes" if is_bytes else "_s").replace("_", " ")
-        shown = format_bytes if is_bytes else format_seconds
+        shown = _SHOWN[self.name.rpartition("_")[2]]
+        name = self.name.removesuffix("_bytes").removesuffix("_s").replace("_", " ")
         error = "" if self.error is None else f"{self.error:+.1%}"
         return name, shown(self.predicted), shown(self.measured), error
 
@@ -115,4 +122,12 @@ def figures_of(prediction: Prediction) -> dict[str, float]:
         "latency_s": prediction.latency_s,
         **{f"{name}_bytes": num_bytes for name, num_bytes in prediction.link_bytes.items()},
         **{f"peak_{tier}_bytes": size for tier, size in prediction.tier_bytes.items()},
+        **stage_bubbles([stage.bubble for stage in prediction.stages]),
     }
+
+
+def stage_bubbles(bubbles: Sequence[float]) -> dict[str, float]:
+    """The share of its time in which each stage of a pipeline computes nothing."""
+    if len(bubbles) < 2:
+        return {}
+    return {f"stage_{index}_bubble": bubble for index, bubble in enumerate(bubbles)}

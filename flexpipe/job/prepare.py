@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,20 +19,24 @@ from flexpipe.job.request import BadLine
 from flexpipe.job.spec import JobSpec
 from flexpipe.job.tokenizer import Tokenizer
 from flexpipe.memory.checkpoint import Checkpoint, StoredTensor
-from flexpipe.memory.compressed import FOLDER, CompressedCache
+from flexpipe.memory.form import FOLDER, FormCache
 from flexpipe.memory.offload import OffloadDirectory
+from flexpipe.memory.shards import shard_tensors
 from flexpipe.memory.source import open_checkpoint
-from flexpipe.model.config import ModelConfig
+from flexpipe.model.config import ModelConfig, Shard, shard_config
 from flexpipe.model.families import read_config
+from flexpipe.plan.block import Need
 from flexpipe.plan.hardware import Emulation, rss_bytes
+from flexpipe.plan.pipeline import Pipeline
 from flexpipe.plan.placement import model_tensors
 from flexpipe.plan.plan import Budgets, Plan, Planner, check_fits
 from flexpipe.plan.policy import Policy
-from flexpipe.plan.rule import advice, choose_plan
+from flexpipe.plan.rule import advice
 from flexpipe.plan.tier import Tier
 from flexpipe.policy.dtype import candidate_dtypes, compute_dtype
+from flexpipe.policy.pipeline import MakePlanner, Site, best_pipeline, pipeline_by_rule
+from flexpipe.policy.pipeline import Model as Shared
 from flexpipe.policy.profile import Profile
-from flexpipe.policy.search import best_plan
 from flexpipe.policy.shares import Machine
 from flexpipe.profiling.cache import machine_profile
 from flexpipe.runtime.device import Device, open_device
@@ -95,6 +99,49 @@ class Model:
             },
         )
 
+    def of_shard(self, shard: Shard) -> Model:
+        """What one shard of a stage has of the model."""
+        if shard.size == 1:
+            return self
+        config = shard_config(self.config, shard)
+        return replace(self, config=config, stored=shard_tensors(config, self.stored))
+
+    def planners(self, offload: OffloadDirectory, needs: Sequence[Need]) -> MakePlanner:
+        """What makes the plans of any stage for requests with these needs."""
+        forms = FormCache(offload.cache / FOLDER, self.stored, lambda: self.identity)
+
+        def planner(pipeline: Pipeline, stage: int, budgets: Budgets) -> Planner:
+            return Planner(
+                self.config,
+                needs,
+                self.stored,
+                budgets,
+                device_tier=self.device.tier,
+                compute_dtype=self.compute_dtype,
+                form_of=forms.locate,
+                pipeline=pipeline,
+                rank=stage,
+            )
+
+        return planner
+
+
+def site_here(
+    spec: JobSpec, model: Model, offload: OffloadDirectory, *, stage: int = 0, num_sharers: int = 1
+) -> Site:
+    """What this process may spend, where `num_sharers` of the job's ranks share the host."""
+    given = spec.given_at(stage)
+    device, profile = model.device, model.profile
+    machine = None
+    if profile is not None:
+        machine = Machine(profile=profile, device_tier=device.tier, emulation=spec.emulation)
+    return Site(
+        budgets=budgets(given, device, spec.emulation, offload.path, num_sharers),
+        device_tier=device.tier,
+        machine=machine,
+        given=given,
+    )
+
 
 def _profile(device: Device, offload: OffloadDirectory, dtypes: Sequence[str]) -> Profile | None:
     """The machine's, measured now if it never was; None, with a line that says why, where that
@@ -113,49 +160,39 @@ def plan_job(
     model: Model,
     entries: Sequence[Entry],
     offload: OffloadDirectory,
-) -> tuple[Plan, list[Entry], list[BadLine]]:
-    """A plan that fits, the best one that a search finds; the requests it serves,
-    and those that do not fit even alone."""
-    limits = budgets(spec.given, model.device, spec.emulation, offload.path)
-    compressed = CompressedCache(offload.cache / FOLDER, model.stored, lambda: model.identity)
+    sites: Sequence[Site],
+) -> tuple[tuple[Plan, ...], list[Entry], list[BadLine]]:
+    """Plans that fit, one for each stage at its site, the best that a search finds; the requests
+    they serve, and those that do not fit even alone."""
+    arrangement = spec.arrangement
 
-    def planner_for(served: Sequence[Entry]) -> Planner:
-        return Planner(
-            model.config,
-            [entry.need for entry in served],
-            model.stored,
-            limits,
-            device_tier=model.device.tier,
-            compute_dtype=model.compute_dtype,
-            compress=compressed.locate,
-        )
+    def shared(served: Sequence[Entry]) -> Shared:
+        needs = [entry.need for entry in served]
+        layers, planners = model.config.num_layers, model.planners(offload, needs)
+        return Shared(num_layers=layers, needs=needs, make_planner=planners)
 
     def fits_without_rates(served: Sequence[Entry]) -> bool:
-        how = planner_for(served), model.device.tier, len(served)
-        return not choose_plan(spec.given, *how).shortfalls()
+        return _fit(pipeline_by_rule(shared(served), sites, arrangement))
 
-    def best(served: Sequence[Entry]) -> tuple[Plan, Planner]:
-        planner, needs = planner_for(served), [entry.need for entry in served]
-        return best_plan(spec.given, planner, needs, model.device.tier, machine), planner
-
-    machine = None
-    if model.profile is not None:
-        machine = Machine(
-            profile=model.profile, device_tier=model.device.tier, emulation=spec.emulation
-        )
     kept, refused = list(entries), list[BadLine]()
-    plan, planner = best(kept)
-    if plan.shortfalls():
+    plans = best_pipeline(shared(kept), sites, arrangement)
+    if not _fit(plans):
         by_need = sorted(entries, key=lambda entry: entry.need.total)
         fits = _most(len(by_need), lambda count: fits_without_rates([by_need[count - 1]]))
         if 0 < fits < len(by_need):
             refused = [_too_long(entry, by_need[fits - 1]) for entry in by_need[fits:]]
             without = {line.index for line in refused}
             kept = [entry for entry in entries if entry.index not in without]
-            plan, planner = best(kept)
-    if plan.shortfalls():
-        check_fits(plan, advice(spec.given, planner, model.device.tier, len(kept)))
-    return plan, kept, refused
+            plans = best_pipeline(shared(kept), sites, arrangement)
+    for plan, site in zip(plans, sites, strict=True):
+        if plan.shortfalls():
+            planner = shared(kept).make_planner(plan.pipeline, plan.rank, site.budgets)
+            check_fits(plan, advice(site.given, planner, site.device_tier, len(kept)))
+    return plans, kept, refused
+
+
+def _fit(plans: Sequence[Plan]) -> bool:
+    return not any(plan.shortfalls() for plan in plans)
 
 
 def _most(count: int, holds: Callable[[int], bool]) -> int:
@@ -187,10 +224,14 @@ def _eos_token_ids(
 
 
 def budgets(
-    given: Mapping[str, Any], device: Device, emulation: Emulation | None, offload: Path
+    given: Mapping[str, Any],
+    device: Device,
+    emulation: Emulation | None,
+    offload: Path,
+    num_sharers: int = 1,
 ) -> Budgets:
     """What each tier may spend: what is free less a margin, or less where the user says so."""
-    overhead, free = rss_bytes(), usable_memory(device, offload)
+    overhead, free = rss_bytes(), usable_memory(device, offload, num_sharers)
     cpu = _least(free[Tier.CPU], given.get("cpu_mem"))
     gpu = 0
     if device.has_streams:

@@ -10,6 +10,7 @@ from typing import Any
 from flexpipe import __version__
 from flexpipe.errors import PlanError
 from flexpipe.job.outlook import Outlook
+from flexpipe.job.shared import predict_shared, shared_dict, shared_table
 from flexpipe.job.table import plain_table
 from flexpipe.plan.plan import Plan
 from flexpipe.plan.policy_file import MadeFor, render_policy
@@ -25,7 +26,8 @@ _WORTH_TELLING = 1.005  # a gain below is no gain
 
 @dataclass(frozen=True, kw_only=True)
 class Proposal:
-    """What a search came to. `prediction` is of `found.best`, thorough; it took `search_s`."""
+    """What a search came to. `prediction` is of `found.best`, thorough; it took `search_s`.
+    `shared` is what several such machines would come to, by their number."""
 
     model: str
     device: str
@@ -36,12 +38,13 @@ class Proposal:
     plan: Plan
     prediction: Prediction
     search_s: float
+    shared: Mapping[int, Prediction | None]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; seconds and bytes."""
         made = self.prediction
         figures = asdict(made)
-        del figures["spans"]
+        del figures["spans"], figures["stages"]
         return {
             "model": self.model,
             "device": self.device,
@@ -64,6 +67,7 @@ class Proposal:
             "refused": [{**_as_dict(one), "reason": reason} for one, reason in self.found.refused],
             "gain_of": dict(self.found.wishes),
             "gain_of_compression": dict(self.found.lossy),
+            "stages": shared_dict({1: made, **self.shared}),
             "num_choices": self.found.num_choices,
             "search_s": self.search_s,
         }
@@ -101,6 +105,7 @@ class Proposal:
             f"bottleneck: {made.bottleneck}, which alone needs {format_seconds(made.bound_s)}: "
             f"{made.bound_share:.0%} of that bound is reached",
             *self._comparisons(),
+            shared_table({1: made, **self.shared}) if self.shared else "",
             f"{self.found.num_choices} choices estimated, {self._num_played} played, in "
             f"{self.search_s:.1f} s",
         ]
@@ -175,10 +180,11 @@ def propose(outlook: Outlook, given: Mapping[str, Any], limits: Limits, date: st
     began = time.perf_counter()
     machine = outlook.machine
     found = search(given, outlook.planner(), outlook.needs, machine, limits, explain=True)
+    shared = predict_shared(outlook, given, limits)
     if found.best is None:
         if found.refused:
             raise PlanError(_too_strict(found.refused))
-        outlook.choose(given)  # tells what is missing
+        _refuse(outlook, given, shared)
     assert found.best is not None
     took_s = time.perf_counter() - began
     plan = found.best.plan
@@ -192,7 +198,23 @@ def propose(outlook: Outlook, given: Mapping[str, Any], limits: Limits, date: st
         plan=plan,
         prediction=predict(plan, outlook.needs, machine.profile, machine.emulation),
         search_s=took_s,
+        shared=shared,
     )
+
+
+def _refuse(
+    outlook: Outlook, given: Mapping[str, Any], shared: Mapping[int, Prediction | None]
+) -> None:
+    """Tell what is missing, and how many such machines would do."""
+    enough = [count for count, made in shared.items() if made is not None]
+    try:
+        outlook.choose(given)
+    except PlanError as error:
+        if not enough:
+            raise
+        raise PlanError(
+            f"{error} Or share it: --pipeline-parallel-size {enough[0]} fits such machines."
+        ) from None
 
 
 def _too_strict(refused: Sequence[tuple[Scored, str]]) -> str:

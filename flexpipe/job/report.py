@@ -8,10 +8,10 @@ than the wall time; a busy share is that sum over the time the engine ran.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from flexpipe.job.predicted import Predicted
+from flexpipe.job.predicted import Predicted, stage_bubbles
 from flexpipe.job.table import plain_table
 from flexpipe.units import format_bytes, format_rate
 
@@ -58,6 +58,44 @@ class ShareUse:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StageUse:
+    """What one rank of a pipeline did, in a window from the job's first to its last op on any rank.
+
+    `bubble` is the share of that window in which it computed nothing; `step_s` are what the 50th,
+    90th and 99th of 100 steps computed, the slowest last, so that a straggler shows.
+    """
+
+    stage: int
+    shard: int
+    name: str
+    host: str
+    device: str
+    layers: str
+    window_s: tuple[float, float]
+    compute_s: float
+    bubble: float = 0.0
+    num_steps: int = 0
+    step_s: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    cpu_share: float = 0.0
+    links: Sequence[LinkUse] = ()
+    tiers: Sequence[TierUse] = ()
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> StageUse:
+        """From what another rank made with `asdict`."""
+        links = [LinkUse(**link) for link in values["links"]]
+        tiers = [TierUse(**tier) for tier in values["tiers"]]
+        window_s, step_s = tuple(values["window_s"]), tuple(values["step_s"])
+        return cls(
+            **{**values, "window_s": window_s, "step_s": step_s, "links": links, "tiers": tiers}
+        )
+
+    def within(self, window_s: float) -> StageUse:
+        """With the bubble that it has in the job's window."""
+        return replace(self, bubble=1 - self.compute_s / window_s if window_s else 0.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
     """One finished job. Prefill and decode times are apart and lie within `total_s`.
 
@@ -94,6 +132,7 @@ class Report:
     lanes: Sequence[LaneUse] = ()
     tiers: Sequence[TierUse] = ()
     shares: Sequence[ShareUse] = ()
+    stages: Sequence[StageUse] = ()  # of a pipeline
     policy: Mapping[str, Any] = field(default_factory=dict)
     prediction: Predicted | None = None
     notes: Sequence[str] = ()
@@ -109,6 +148,7 @@ class Report:
             "latency_s": self.latency_s,
             **{f"{use.name}_bytes": use.bytes for use in self.links},
             **{f"peak_{use.tier}_bytes": use.measured_bytes for use in self.tiers},
+            **stage_bubbles([use.bubble for use in self.stages if not use.shard]),
         }
 
     @property
@@ -149,6 +189,7 @@ class Report:
             ),
             plain_table(("link", "moved", "busy s", "rate"), map(_link_row, self.links)),
             plain_table(("lane", "ops", "busy s", "busy"), map(_lane_row, self.lanes)),
+            plain_table(_STAGE_HEAD, map(_stage_row, self.stages)),
             self._prediction(),
             f"{self.bottleneck}; {self.useful_rows:.0%} of the places worked, "
             f"{self.useful_tokens:.0%} of the computed tokens were new"
@@ -184,6 +225,17 @@ class Report:
             (f"tail of {self.tail_steps} steps", f"{self.tail_s:.2f}", "", ""),
             ("  its bound", f"{self.tail_bound_s:.2f}", "", ""),
         ]
+
+
+_STAGE_HEAD = ("stage", "host", "device", "layers", "computed s", "bubble", "cpu", "steps",
+               "step p50 ms", "p90", "p99")  # fmt: skip
+
+
+def _stage_row(use: StageUse) -> tuple[str, ...]:
+    steps = (f"{seconds * 1e3:.1f}" for seconds in use.step_s)
+    shares = f"{use.bubble:.1%}", f"{use.cpu_share:.0%}"
+    where = use.name, use.host, use.device, use.layers
+    return (*where, f"{use.compute_s:.2f}", *shares, str(use.num_steps), *steps)
 
 
 def _rate(count: int, seconds: float) -> float:

@@ -12,9 +12,8 @@ import hashlib
 import json
 import logging
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,52 +21,55 @@ from typing import Any
 
 from flexpipe.errors import InputError
 from flexpipe.job.batcher import Admitted, Batcher, Entry, Finished
+from flexpipe.job.compute import Events, Work, compute
+from flexpipe.job.crew import Crew, Orders
 from flexpipe.job.expectation import Expectation, eta
+from flexpipe.job.follow import follow_job
 from flexpipe.job.intake import Intake
-from flexpipe.job.journal import Journal, SystemCalls, digest_input, path_for
-from flexpipe.job.measure import Measured, Tally, report
-from flexpipe.job.prepare import Model, plan_job
+from flexpipe.job.journal import Journal, digest_input, path_for
+from flexpipe.job.measure import Tally, report
+from flexpipe.job.prepare import Model, plan_job, site_here
+from flexpipe.job.probes import Probes
 from flexpipe.job.progress import Progress
-from flexpipe.job.report import Report
+from flexpipe.job.report import Report, StageUse
 from flexpipe.job.request import BadLine, Request, RequestFile, is_stream, spool
 from flexpipe.job.result import Done, Rejection, Result, ResultWriter, check_output, read_done
 from flexpipe.job.spec import DEFAULT_OFFLOAD_DIR, JobSpec
 from flexpipe.job.stop import cut_at_stop
 from flexpipe.job.tokenizer import Tokenizer
-from flexpipe.memory.disk import DiskFile, physical_bytes_read
 from flexpipe.memory.offload import OffloadDirectory
 from flexpipe.plan.block import Need, longest_first
 from flexpipe.plan.codec import FORMAT_VERSION
-from flexpipe.plan.hardware import reset_peak_rss
 from flexpipe.plan.plan import Plan
 from flexpipe.plan.policy import Policy
-from flexpipe.plan.tier import Tier
-from flexpipe.runtime.device import Device
-from flexpipe.runtime.executor import ChangeOps, execute
-from flexpipe.runtime.record import Recorder
-from flexpipe.runtime.stage import OpHook, Stage
+from flexpipe.policy.pipeline import Site
+from flexpipe.policy.predict import Assignment
+from flexpipe.runtime.device import device_of_rank
+from flexpipe.runtime.gang import Gang, joined
+from flexpipe.runtime.ranks import Ranks
 from flexpipe.schedule.trace import write_trace
 from flexpipe.units import format_seconds
 
 log = logging.getLogger("flexpipe")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Probes:
-    """What tests and benchmarks put into a run: hooks that observe, delay, fail or spoil it."""
+def run_shared(spec: JobSpec, ranks: Ranks) -> Report | None:
+    """This process's part of a job that several ranks share; the report is rank 0's alone.
 
-    before_op: OpHook | None = None
-    change_ops: ChangeOps | None = None
-    poison: bool = False
-    keep_spans: bool = False
-    on_stage: Callable[[Stage], None] | None = None
-    on_recorder: Callable[[Recorder], None] | None = None
-    journal_calls: SystemCalls | None = None
-    on_admit: Callable[[Admitted], Admitted] = lambda request: request
+    Whatever ends one rank ends all, with the first failure's reason.
+    """
+    local = device_of_rank(spec.device, ranks.local_rank)
+    spec = spec if local == spec.device else replace(spec, device=local)
+    with joined(ranks, spec.network) as gang:
+        if ranks.rank:
+            follow_job(spec, gang)
+            return None
+        return run_job(spec, gang=gang)
 
 
-def run_job(spec: JobSpec, probes: Probes | None = None) -> Report:
-    """Run the job `spec`, or what an earlier run of it left; results are on disk at return.
+def run_job(spec: JobSpec, probes: Probes | None = None, gang: Gang | None = None) -> Report:
+    """Run the job `spec`, or what an earlier run of it left; results are on disk at return. The
+    other ranks of a `gang` follow.
 
     Raises a FlexpipeError that names what to change for whatever a user can cause.
     """
@@ -81,12 +83,16 @@ def run_job(spec: JobSpec, probes: Probes | None = None) -> Report:
             path = spool(sys.stdin.buffer if str(path) == "-" else path.open("rb"), offload.job)
         file = RequestFile(path, spec.params)
         model = Model.open(spec, offload, needs_text=file.has_text)
+        crew = None
+        if gang is not None:
+            model = model.of_shard(gang.shard)
+            crew = stack.enter_context(Crew(gang, spec, model, offload))
         journal = _open_journal(spec, model, path, probes)
         if journal is not None:
             stack.enter_context(journal)
         done = read_done(spec.output_path) if journal and not journal.is_new else Done()
         job = _Job(spec, model, file, journal, done)
-        made = _run(job, offload, probes)
+        made = _run(job, offload, probes, crew)
         if journal is not None:
             journal.close(complete=True)
     return made
@@ -150,7 +156,7 @@ class _Job:
     done: Done
 
 
-def _run(job: _Job, offload: OffloadDirectory, probes: Probes) -> Report:
+def _run(job: _Job, offload: OffloadDirectory, probes: Probes, crew: Crew | None) -> Report:
     """Take in the input, plan, and compute what is left to do."""
     spec, model = job.spec, job.model
     intake = Intake(
@@ -165,8 +171,14 @@ def _run(job: _Job, offload: OffloadDirectory, probes: Probes) -> Report:
         outcome.tally.num_failed = job.done.num_failed + len(job.done.lines)
         entries = _take_in(job, intake, outcome)
         if not entries:
+            if crew is not None:
+                crew.give(None)
             return _nothing_to_do(job, outcome)
-        plan, entries, refused = plan_job(spec, model, entries, offload)
+        sites = [site_here(spec, model, offload)] if crew is None else crew.sites
+        plans, entries, refused = plan_job(spec, model, entries, offload, sites)
+        if crew is not None:
+            crew.give(Orders.of_plans(plans, [entry.need for entry in entries]))
+            crew.introduce(plans[0], model.device)
         for line in refused:
             outcome.reject(line, spec.fail_fast)
         total = outcome.tally.num_requests
@@ -174,32 +186,34 @@ def _run(job: _Job, offload: OffloadDirectory, probes: Probes) -> Report:
             Progress(total, total - len(entries), enabled=spec.progress)
         )
         unfinished = job.journal.unfinished if job.journal is not None else {}
-        expected = _expect(job, plan, entries, unfinished)
+        expected = _expect(plans, sites, entries, unfinished)
 
         def admit(entry: Entry) -> Admitted:
             return probes.on_admit(intake.admit(entry, unfinished.get(entry.index, ())))
 
-        batcher = Batcher(plan, entries, admit, outcome.finish, outcome.go_on)
-        made = _compute(job, plan, batcher, outcome, offload, probes)
+        batcher = Batcher(plans[0], entries, admit, outcome.finish, outcome.go_on)
+        made = _compute(job, plans[0], batcher, outcome, offload, probes, crew)
         return made if expected is None else _beside(expected, made, entries, outcome.tally)
 
 
 def _expect(
-    job: _Job,
-    plan: Plan,
+    plans: Sequence[Plan],
+    sites: Sequence[Site],
     entries: Sequence[Entry],
     unfinished: Mapping[int, Sequence[int]],
 ) -> Expectation | None:
     """What is left of the job, predicted and told."""
-    profile = job.model.profile
-    if profile is None:
+    stages = [
+        Assignment(plan=plan, profile=site.machine.profile, emulation=site.machine.emulation)
+        for plan, site in zip(plans, sites, strict=True)
+        if site.machine is not None
+    ]
+    if len(stages) < len(plans):
         return None
     expected = Expectation.of(
-        plan,
+        stages,
         [_left(entry.need, len(unfinished.get(entry.index, ()))) for entry in entries],
         longest_first([entry.need for entry in entries]),
-        profile,
-        job.spec.emulation,
     )
     if expected is not None:
         log.info("%s", eta(expected.prediction))
@@ -235,54 +249,25 @@ def _compute(
     outcome: _Outcome,
     offload: OffloadDirectory,
     probes: Probes,
+    crew: Crew | None,
 ) -> Report:
-    """Take the pools, load, run the batcher's steps to the end."""
+    """Compute this stage's part, and tell of all of them."""
     spec, device = job.spec, job.model.device
     assert outcome.progress is not None
-    recorder = Recorder(keep_spans=probes.keep_spans or spec.trace_path is not None)
-    if probes.on_recorder is not None:
-        probes.on_recorder(recorder)
-    with ExitStack() as stack:
-        files = {
-            name: stack.enter_context(_reserved(offload.job / f"{name}.bin", num_bytes, device))
-            for name, num_bytes in _disk_bytes(plan).items()
-        }
-        reset_peak_rss()
-        start = time.perf_counter()
-        outcome.progress.phase("loading")
-        stage = Stage(
-            plan,
-            device,
-            kv_file=files.get("KV cache"),
-            hidden_file=files.get("hidden"),
-            commit=batcher.commit,
-            before_op=probes.before_op,
-            poison=probes.poison,
-        )
-        stack.callback(stage.close)
-        stage.load(lambda num_bytes: None)
-        load_s = time.perf_counter() - start
-        if probes.on_stage is not None:
-            probes.on_stage(stage)
-        read_before = physical_bytes_read()
-        began = time.perf_counter()
-        outcome.progress.phase("running")
-        execute(plan, device, stage, batcher.steps, recorder, change_ops=probes.change_ops)
-        run_s = time.perf_counter() - began
-        read_after = physical_bytes_read()
-        disk_bytes = sum(file.allocated_bytes for file in files.values())
-        disk_bytes += stage.weights.compressed_bytes
-    if spec.trace_path is not None:
-        write_trace(spec.trace_path, recorder.spans, plan)
-    known = read_before is not None and read_after is not None
-    measured = Measured(
-        load_s=load_s,
-        began=began,
-        run_s=run_s,
-        physical_read_bytes=(read_after or 0) - (read_before or 0) if known else None,
-        disk_bytes=disk_bytes,
-    )
-    return report(spec.model, plan, device, stage, batcher, recorder, outcome.tally, measured)
+    work = Work(plan=plan, device=device, steps=batcher.steps, commit=batcher.commit)
+    events = Events(phase=outcome.progress.phase)
+    traced = spec.trace_path is not None
+    if crew is None:
+        ran = compute(work, offload, events, probes, keep_spans=traced)
+        stages: Sequence[StageUse] = ()
+        if spec.trace_path is not None:
+            write_trace(spec.trace_path, ran.recorder.spans, plan)
+    else:
+        with crew.leading(work, events) as (work, events):
+            ran = compute(work, offload, events, probes, keep_spans=traced)
+        stages = crew.stages(ran)
+        crew.trace(ran, spec.trace_path)
+    return report(spec.model, ran, batcher, outcome.tally, stages)
 
 
 def _writer(job: _Job) -> ResultWriter:
@@ -389,14 +374,3 @@ class _Outcome:
             raise InputError(f"line {line.index}: {line.reason} (--fail-fast)")
         self._writer.write(Rejection.of(line))
         self.tally.num_failed += 1
-
-
-@contextmanager
-def _reserved(path: Path, num_bytes: int, device: Device) -> Iterator[DiskFile]:
-    with DiskFile(path, "rw", stop=device.stop) as file:
-        file.reserve(num_bytes)
-        yield file
-
-
-def _disk_bytes(plan: Plan) -> Mapping[str, int]:
-    return {pool.name: pool.num_bytes for pool in plan.pools if pool.tier == Tier.DISK}

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from flexpipe.errors import InputError
 from flexpipe.job.params import SamplingParams
+from flexpipe.plan.arrangement import Arrangement
 from flexpipe.plan.hardware import Emulation
 from flexpipe.plan.policy_file import MadeFor
+from flexpipe.runtime.network import Network
 
 LoadFormat = Literal["auto", "dummy"]
 LOAD_FORMATS: tuple[LoadFormat, ...] = get_args(LoadFormat)
@@ -31,7 +33,8 @@ class JobSpec:
     """One batch job: model, prompts in, results out, and how to use the machine.
 
     `given` holds the fields of `Policy` that the user chose; the search finds the rest. Where they
-    were `made_for` a model, they go with no other. `device` "auto" takes the accelerator if there
+    were `made_for` a model, they go with no other. `stage_given` has them for each stage of the
+    `arrangement`, as far as these differ. `device` "auto" takes the accelerator if there
     is one, else the CPU. `emulation` goes with the device "emulated" and is never None there.
     """
 
@@ -56,6 +59,9 @@ class JobSpec:
     trace_path: Path | None = None
     overwrite: bool = False
     progress: bool = True
+    stage_given: Sequence[Mapping[str, Any]] = ()
+    arrangement: Arrangement = field(default_factory=Arrangement)
+    network: Network = field(default_factory=Network)
 
     def __post_init__(self) -> None:
         if not self.model:
@@ -65,6 +71,8 @@ class JobSpec:
             raise InputError(
                 f"--load-format is one of {', '.join(LOAD_FORMATS)}, got {self.load_format!r}"
             )
+        if all(knobs == self.given for knobs in self.stage_given):
+            object.__setattr__(self, "stage_given", ())
         object.__setattr__(self, "emulation", checked_emulation(self.device, self.emulation))
         self._check_paths()
 
@@ -80,6 +88,10 @@ class JobSpec:
             stop=self.stop,
             ignore_eos=self.ignore_eos,
         )
+
+    def given_at(self, stage: int) -> Mapping[str, Any]:
+        """The knobs that the user chose for one stage."""
+        return self.stage_given[stage] if self.stage_given else self.given
 
     def _check_paths(self) -> None:
         for option, path in (

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from flexpipe.job.outlook import Outlook
+from flexpipe.job.stages import stage_dicts, stage_table
 from flexpipe.job.table import plain_table
+from flexpipe.plan.arrangement import Arrangement
 from flexpipe.plan.plan import Plan
 from flexpipe.plan.spelling import as_options
 from flexpipe.plan.tier import Tier
-from flexpipe.policy.predict import Prediction, first_spans, predict
+from flexpipe.policy.predict import Prediction, first_spans, predict_stages
 from flexpipe.schedule.op import Kind, Lane
 from flexpipe.schedule.simulate import SimulatedSpan
-from flexpipe.schedule.trace import write_trace
+from flexpipe.schedule.trace import write_traces
 from flexpipe.units import format_bytes, format_count, format_seconds
 
 
@@ -29,23 +31,29 @@ class Timeline:
     model: str
     device: str
     num_requests: int
-    plan: Plan
+    plans: Sequence[Plan]
     prediction: Prediction
-    spans: Sequence[SimulatedSpan] = ()
+    spans: Sequence[Sequence[SimulatedSpan]] = ()  # by stage
+
+    @property
+    def plan(self) -> Plan:
+        """Of the first stage."""
+        return self.plans[0]
 
     @property
     def num_drawn_steps(self) -> int:
-        return len({span.op.step for span in self.spans if span.op.kind == Kind.COMMIT})
+        first = self.spans[0] if self.spans else ()
+        return len({span.op.step for span in first if span.op.kind == Kind.COMMIT})
 
     def draw(self, path: Path) -> None:
         """A trace or a picture, by the suffix."""
-        write_trace(path, self.spans, self.plan)
+        write_traces(path, self.spans, self.plans)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; seconds and bytes."""
         made = self.prediction
         figures = {item.name: getattr(made, item.name) for item in fields(made)}
-        del figures["spans"]
+        del figures["spans"], figures["stages"]
         return {
             "model": self.model,
             "device": self.device,
@@ -58,6 +66,7 @@ class Timeline:
             "bound_share": made.bound_share,
             "num_drawn_steps": self.num_drawn_steps,
             "policy": self.plan.policy.to_dict(),
+            "stages": stage_dicts(self.plans, made),
         }
 
     def render(self) -> str:
@@ -72,6 +81,7 @@ class Timeline:
             plain_table(("lane", "busy"), self._lanes()),
             plain_table(("link", "moved", "busy"), self._links()),
             plain_table(("tier", "planned", "budget"), self._tiers()),
+            stage_table(self.plans, made),
             f"{format_count(made.generated_tokens_per_s)} tokens/s; {made.bottleneck} is the "
             f"bottleneck: it alone needs {format_seconds(made.bound_s)}, {made.bound_share:.0%} of "
             "prefill and decode",
@@ -101,24 +111,33 @@ class Timeline:
         return f"{busy_s / run_s:.0%}" if busy_s else ""
 
     def _tiers(self) -> list[tuple[str, str, str]]:
-        planned, budgets = self.prediction.tier_bytes, self.plan.budgets
         return [
-            (name, format_bytes(num_bytes), format_bytes(budgets.of(Tier(name))))
-            for name, num_bytes in planned.items()
+            (
+                name,
+                format_bytes(num_bytes),
+                format_bytes(sum(plan.budgets.of(Tier(name)) for plan in self.plans)),
+            )
+            for name, num_bytes in self.prediction.tier_bytes.items()
         ]
 
 
 def play(
-    outlook: Outlook, given: Mapping[str, Any], *, draws: bool, num_steps: int | None = None
+    outlook: Outlook,
+    stage_given: Sequence[Mapping[str, Any]],
+    arrangement: Arrangement,
+    *,
+    draws: bool,
+    num_steps: int | None = None,
 ) -> Timeline:
-    """The plan that a run with the knobs `given` would take, played on the outlook's machine."""
-    plan = outlook.choose(given)
-    what = plan, outlook.needs, outlook.machine.profile, outlook.emulation
+    """The plans that a run with the knobs given for each stage would take, played on machines like
+    the outlook's."""
+    plans = outlook.choose_stages(stage_given, arrangement)
+    stages = outlook.assignments(plans)
     return Timeline(
         model=outlook.shape.name,
         device=outlook.device,
         num_requests=len(outlook.needs),
-        plan=plan,
-        prediction=predict(*what),
-        spans=first_spans(*what, num_steps=num_steps) if draws else (),
+        plans=plans,
+        prediction=predict_stages(stages, outlook.needs),
+        spans=first_spans(stages, outlook.needs, num_steps=num_steps) if draws else (),
     )

@@ -37,9 +37,10 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor on disk. `offset` counts from the start of the file.
+    """One tensor on disk, or a part of one. `offset` counts from the start of the file.
 
-    `dtype` is "float32", "float16" or "bfloat16", or the file's own word for any other.
+    `dtype` is "float32", "float16" or "bfloat16", or the file's own word for any other. Where its
+    rows are parts of longer ones, `stride` is the bytes from one to the next.
     """
 
     name: str
@@ -48,6 +49,7 @@ class StoredTensor:
     path: Path
     offset: int
     num_bytes: int
+    stride: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,6 +72,7 @@ class KvCache:
         staging = _take_slots(memory, plan, pools.get(("KV staging", Tier.CPU)), 2 * NUM_STAGES)
         self._read_stages, self._write_stages = staging[:NUM_STAGES], staging[NUM_STAGES:]
         self._bases = {tier: _bases(plan, tier) for tier in Tier}
+        self._layer_rank = {layer: rank for rank, layer in enumerate(plan.decoder_layers)}
         self._disk_ranks = _disk_ranks(plan)
         self._slot_rank = [
             {place: rank for rank, place in enumerate(plan.slot_places(mb))}
@@ -189,7 +190,7 @@ class KvCache:
         """Exchange two rows' caches at home: a fault that a parity test must notice."""
         home = self._plan.micro_batches[mb].kv_homes[one]
         assert home == self._plan.micro_batches[mb].kv_homes[other]
-        for layer in range(self._plan.config.num_layers):
+        for layer in self._plan.decoder_layers:
             a = self._home_row(mb, layer, home, one)
             b = self._home_row(mb, layer, home, other)
             kept = a.clone()
@@ -250,7 +251,7 @@ class KvCache:
 
     def _home_offset(self, mb: int, layer: int, tier: Tier) -> int:
         bases = self._bases[tier]
-        return layer * bases[-1] + bases[mb]
+        return self._layer_rank[layer] * bases[-1] + bases[mb]
 
     def _home_row(self, mb: int, layer: int, tier: Tier, place: int) -> Tensor:
         home = self._homes[tier]
@@ -300,7 +301,7 @@ class KvCache:
 
     def _tail(self, mb: int, layer: int, place: int) -> Tensor:
         assert self._tails is not None
-        index = layer * len(self._disk_ranks) + self._disk_ranks[mb, place]
+        index = self._layer_rank[layer] * len(self._disk_ranks) + self._disk_ranks[mb, place]
         return self._tails[index * KV_PAGE : (index + 1) * KV_PAGE]
 
     def _join_tail(self, mb: int, layer: int, row: Row, target: Tensor) -> None:

@@ -14,31 +14,35 @@ from flexpipe.memory.checkpoint import SINGLE, StoredTensor, open_directory
 from flexpipe.memory.disk import ALIGN, round_up
 from flexpipe.model.config import DTYPE_BYTES, ModelConfig
 from flexpipe.plan.codec import Codec
-from flexpipe.plan.placement import Compress, model_tensors
+from flexpipe.plan.placement import FormOf, model_tensors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PaperForm:
-    """The compressed form of a tensor, in a file of its own that would have to be made."""
+    """Another form of a tensor, in a file of its own that would have to be made."""
 
     path: str
     num_bytes: int
-    dtype: str = "uint8"
+    dtype: str
     offset: int = ALIGN
+    stride: None = None
 
     @property
     def new_bytes(self) -> int:
         return self.offset + round_up(self.num_bytes)
 
 
-def paper_forms(config: ModelConfig) -> Compress:
-    """Where the compressed form of each tensor would lie."""
+def paper_forms(config: ModelConfig) -> FormOf:
+    """Where another form of each tensor would lie."""
     shapes = {spec.name: spec.shape for spec in model_tensors(config)}
 
-    def form_of(name: str, codec: Codec) -> PaperForm:
+    def form_of(name: str, codec: Codec | None) -> PaperForm:
         num_rows, size = shapes[name]
-        path = f"{name}.{codec.bits}"
-        return PaperForm(path=path, num_bytes=num_rows * codec.row_bytes(size))
+        if codec is None:
+            num_bytes = num_rows * size * DTYPE_BYTES[config.dtype]
+            return PaperForm(path=f"{name}.whole", num_bytes=num_bytes, dtype=config.dtype)
+        num_bytes = num_rows * codec.row_bytes(size)
+        return PaperForm(path=f"{name}.{codec.bits}", num_bytes=num_bytes, dtype="uint8")
 
     return form_of
 

@@ -1,7 +1,7 @@
 """The model's weights: resident ones, packs that travel from host memory, reads from checkpoints.
 
 Everything is read past the page cache, straight from the safetensors files, or from the files of
-`flexpipe.memory.compressed`, which loading makes where they are missing. Loading takes two bounded
+`flexpipe.memory.form`, which loading makes where they are missing. Loading takes two bounded
 buffers beside the pools; on a CPU, matrices that stay are packed for its kernels, unless they are
 compressed. A layer's streamed tensors are views of a slot, made once per (layer, slot).
 """
@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexpipe.memory.compressed import CompressedTensor, provide
+from flexpipe.memory.checkpoint import StoredTensor
 from flexpipe.memory.disk import DiskReader, StopFlag, aligned_buffer
+from flexpipe.memory.form import TensorForm, provide, read_rows
 from flexpipe.memory.tier import POISON, TierMemory, torch_dtype, typed
 from flexpipe.model.config import HELD_BYTES
 from flexpipe.model.matmul import PACK_BYTES, CompressedWeight, PackedWeight, Weight, packs
@@ -56,7 +57,7 @@ class WeightStore:
         self._resident: dict[str, Weight] = {}
         self._host: dict[str, Tensor] = {}
         self._views: dict[tuple[int, int | None], LayerParts] = {}
-        self.compressed_bytes = 0  # written to files that were missing or damaged
+        self.form_bytes = 0  # written to files that were missing or damaged
         pools = {(pool.name, pool.tier): pool for pool in plan.pools}
         self._take_resident(memory)
         for owner, num_bytes in plan.layer_bytes.host_slabs.items():
@@ -77,7 +78,7 @@ class WeightStore:
     def load(self, progress: Callable[[int], None], stop: StopFlag | None = None) -> None:
         """Fill every home in memory; `progress` is told the bytes read."""
         buffer = torch.from_numpy(aligned_buffer(_CHUNK_BYTES))
-        self._compress(buffer, progress, stop)
+        self._provide_forms(buffer, progress, stop)
         for name, target in self._resident.items():
             placed = self._plan.placement.tensors[name]
             assert isinstance(target, Tensor)
@@ -179,23 +180,20 @@ class WeightStore:
             self._resident[name] = typed(slab, dtype, placed.shape, offset)
             offset += sizes[name]
 
-    def _compress(
+    def _provide_forms(
         self, buffer: Tensor, progress: Callable[[int], None], stop: StopFlag | None
     ) -> None:
-        """Have the file of every compressed tensor."""
+        """Have the file of every tensor that is compressed or repacked."""
         stored = (placed.stored for placed in self._plan.placement.tensors.values())
-        forms = {form.path: form for form in stored if isinstance(form, CompressedTensor)}
-        missing = [form for form in forms.values() if form.new_bytes]
-        if missing:
-            num_bytes = format_bytes(self._plan.placement.new_bytes)
-            log.info(
-                "compressing %d weights into %s: %s",
-                len(missing),
-                missing[0].path.parent,
-                num_bytes,
-            )
+        forms = {form.path: form for form in stored if isinstance(form, TensorForm)}
+        for verb in sorted({form.verb for form in forms.values()}):
+            missing = [form for form in forms.values() if form.new_bytes and form.verb == verb]
+            if missing:
+                num_bytes = format_bytes(sum(form.new_bytes for form in missing))
+                folder = missing[0].path.parent
+                log.info("%sing %d weights into %s: %s", verb, len(missing), folder, num_bytes)
         for form in forms.values():
-            self.compressed_bytes += provide(form, self._reader, buffer, progress, stop)
+            self.form_bytes += provide(form, self._reader, buffer, progress, stop)
 
     def _pack(self, buffer: Tensor, progress: Callable[[int], None]) -> None:
         if not self._to_pack:
@@ -232,6 +230,10 @@ class WeightStore:
     ) -> None:
         """Read a tensor, or what follows its element `start`, chunk by chunk and convert it."""
         stored, flat = placed.stored, target.view(-1)
+        if stored.stride is not None:
+            assert isinstance(stored, StoredTensor)
+            self._fill_parts(stored, flat, buffer, progress, start)
+            return
         file = self._reader.file(Path(str(stored.path)))
         direct = stored.dtype == placed.dtype and target.device.type == "cpu"
         step = _CHUNK_BYTES // HELD_BYTES[stored.dtype]
@@ -246,6 +248,23 @@ class WeightStore:
                 file.read_into(chunk.numpy(), offset)
                 place.copy_(chunk.view(torch_dtype(stored.dtype)))
             progress(num_bytes)
+
+    def _fill_parts(
+        self,
+        stored: StoredTensor,
+        flat: Tensor,
+        buffer: Tensor,
+        progress: Callable[[int], None],
+        start: int,
+    ) -> None:
+        """The same where rows are parts of longer ones, which are read whole."""
+        size, stride = stored.shape[1], stored.stride
+        assert stride is not None
+        rows_MI, step = flat.view(-1, size), _CHUNK_BYTES // stride
+        for first in range(0, len(rows_MI), step):
+            place = rows_MI[first : first + step]
+            place.copy_(read_rows(stored, start // size + first, len(place), buffer, self._reader))
+            progress(place.numel() * HELD_BYTES[stored.dtype])
 
     def _make_views(self, layer: LayerPlan, slot: int | None) -> LayerParts:
         tensors: dict[str, Weight] = {}
@@ -280,7 +299,7 @@ def _matrices(
     plan: Plan, resident: Mapping[str, PlacedTensor], device: torch.device
 ) -> dict[str, PlacedTensor]:
     """Resident weights that only ever meet a product, and are worth packing for it."""
-    looked_up = plan.config.tensor_names["embed_tokens"]
+    looked_up = plan.embedding.spec.name if plan.embeds else None
     return {
         name: placed
         for name, placed in resident.items()

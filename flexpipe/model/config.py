@@ -7,9 +7,12 @@ placement and schedule can be computed without it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
+
+from flexpipe.errors import ModelError
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 # of what a tensor may be held in; a compressed one is rows of bytes
@@ -32,12 +35,29 @@ class RopeConfig:
     truncate: bool = True  # yarn rounds its ramp's ends to whole dimensions
 
 
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Which of `size` equal parts of every layer: what one rank of a stage computes."""
+
+    index: int = 0
+    size: int = 1
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.index < self.size, f"no shard {self.index} of {self.size}"
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it adds what must be added once: biases behind a sum, learned positions."""
+        return self.index == 0
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """A decoder-only transformer: shapes, switches and the names of its tensors.
 
     `tensor_names` maps a role ("q_proj", "embed_tokens", …) to the checkpoint's name, with
     "{layer}" where the layer's index stands. A role the model does not have is absent.
+    Of a `shard`, heads and `ffn_size` are those it has; `vocab_size` is the model's.
     """
 
     family: str
@@ -68,6 +88,18 @@ class ModelConfig:
     embed_size: int | None = None  # differs from hidden_size where projections stand between
     windows: tuple[int | None, ...] = ()  # attention window per layer; () means none anywhere
     eos_token_ids: tuple[int, ...] = ()
+    shard: Shard = Shard()
+
+    @property
+    def is_split(self) -> bool:
+        """Whether other ranks compute the rest of every layer."""
+        return self.shard.size > 1
+
+    @property
+    def vocab_rows(self) -> range:
+        """Rows of the embedding and the head that this shard has; they need not divide evenly."""
+        index, size = self.shard.index, self.shard.size
+        return range(self.vocab_size * index // size, self.vocab_size * (index + 1) // size)
 
     def window(self, layer: int) -> int | None:
         """Number of tokens a query of `layer` sees, itself included; None sees all."""
@@ -81,6 +113,30 @@ class ModelConfig:
     @property
     def has_projections(self) -> bool:
         return self.input_size != self.hidden_size
+
+
+def shard_config(config: ModelConfig, shard: Shard) -> ModelConfig:
+    """What one shard of a whole model is: a decoder with a part of the heads and of the MLP."""
+    counts = {
+        "attention heads": config.num_heads,
+        "KV heads": config.num_kv_heads,
+        "MLP features": config.ffn_size,
+    }
+    for what, count in counts.items():
+        if count % shard.size:
+            common = math.gcd(*counts.values())
+            fitting = [size for size in range(1, common + 1) if common % size == 0]
+            raise ModelError(
+                f"{count} {what} cannot be split over --tensor-parallel-size {shard.size}; this "
+                f"model can be over {', '.join(map(str, fitting))}."
+            )
+    return replace(
+        config,
+        num_heads=config.num_heads // shard.size,
+        num_kv_heads=config.num_kv_heads // shard.size,
+        ffn_size=config.ffn_size // shard.size,
+        shard=shard,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +157,9 @@ class TensorSpec:
 
 def embed_tensors(config: ModelConfig) -> tuple[TensorSpec, ...]:
     """Tensors that turn token ids into the first hidden states."""
-    shapes: dict[str, tuple[int, ...]] = {"embed_tokens": (config.vocab_size, config.input_size)}
-    if config.learned_positions is not None:
+    num_rows = len(config.vocab_rows)
+    shapes: dict[str, tuple[int, ...]] = {"embed_tokens": (num_rows, config.input_size)}
+    if config.learned_positions is not None and config.shard.is_first:
         shapes["embed_positions"] = (config.learned_positions, config.hidden_size)
     if config.has_projections:
         shapes["project_in"] = (config.hidden_size, config.input_size)
@@ -121,7 +178,7 @@ def attention_tensors(config: ModelConfig, layer: int) -> tuple[TensorSpec, ...]
     if config.qk_norm:
         shapes |= {"q_norm": (config.head_dim,), "k_norm": (config.head_dim,)}
     shapes["o_proj"] = (hidden, q_size)
-    if config.out_bias:
+    if config.out_bias and config.shard.is_first:
         shapes["o_bias"] = (hidden,)
     return _named(config, shapes, layer)
 
@@ -138,7 +195,7 @@ def mlp_tensors(config: ModelConfig, layer: int) -> tuple[TensorSpec, ...]:
     if config.mlp_bias:
         shapes["up_bias"] = (ffn,)
     shapes["down_proj"] = (hidden, ffn)
-    if config.mlp_bias:
+    if config.mlp_bias and config.shard.is_first:
         shapes["down_bias"] = (hidden,)
     return _named(config, shapes, layer)
 
@@ -150,7 +207,7 @@ def head_tensors(config: ModelConfig) -> tuple[TensorSpec, ...]:
         shapes |= _norm_shapes(config, "final_norm")
     if config.has_projections:
         shapes["project_out"] = (config.input_size, config.hidden_size)
-    shapes["lm_head"] = (config.vocab_size, config.input_size)
+    shapes["lm_head"] = (len(config.vocab_rows), config.input_size)
     return _named(config, shapes)
 
 

@@ -123,7 +123,7 @@ def transient_bytes(
     masks = (num_rows + block) * max_length * (INDEX_BYTES + 2)
     turns = 4 * num_tokens * config.head_dim * FLOAT_BYTES if config.rope else 0
     rows, attention = min(num_tokens, RESULT_ROWS), config.num_heads * config.head_dim
-    widest = max(config.vocab_size, config.hidden_size, attention)
+    widest = max(len(config.vocab_rows), config.hidden_size, attention)
     wide = 2 * min(config.ffn_size, RESULT_COLUMNS) + config.hidden_size
     product = rows * (max(min(widest, RESULT_COLUMNS), wide) + attention) * compute_bytes
     coded = 0
@@ -176,7 +176,7 @@ def embed_flops(config: ModelConfig, num_tokens: int) -> int:
 
 def head_flops(config: ModelConfig, num_rows: int) -> int:
     """FLOPs of the logits of `num_rows` sampled tokens, the projection before them included."""
-    logits = 2 * num_rows * config.input_size * config.vocab_size
+    logits = 2 * num_rows * config.input_size * len(config.vocab_rows)
     return logits + embed_flops(config, num_rows)
 
 
@@ -233,7 +233,8 @@ def _rms_bytes(num_tokens: int, num_heads: int, size: int, compute_bytes: int) -
 
 def _embed_bytes(config: ModelConfig, num_tokens: int, compute_bytes: int, wire_bytes: int) -> int:
     rows = num_tokens * config.input_size * compute_bytes if config.has_projections else 0
-    positions = num_tokens * config.hidden_size * wire_bytes if config.learned_positions else 0
+    has_positions = config.learned_positions is not None and config.shard.is_first
+    positions = num_tokens * config.hidden_size * wire_bytes if has_positions else 0
     return max(_aligned(rows), _aligned(positions))
 
 

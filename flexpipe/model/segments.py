@@ -10,6 +10,10 @@ Weights may be in the dtype of the wire (`flexpipe.model.matmul`). Large tempora
 cache, so its dtype or its compression shows in every token alike, whether a row was prefilled
 whole, in chunks or step by step.
 
+Of a model that is split, each shard runs these functions with the weights and heads it has. What a
+half of a layer adds to the hidden states is then a sum over the shards: each leaves its part in
+`partial_TH`, and whoever has summed the parts goes on with `after_attention` or `after_mlp`.
+
 Shapes: T new tokens, H hidden size, E embedding width, N query heads, K KV heads, G = N / K, D head
 dim, A = N * D, L region length, R rows, V vocabulary, O and I out and in features; X stands for D,
 or for the bytes of a head's compressed numbers.
@@ -51,6 +55,8 @@ __all__ = [
     "RopeTable",
     "RowSpan",
     "Workspace",
+    "after_attention",
+    "after_mlp",
     "append_kv",
     "attend",
     "attention_half",
@@ -117,8 +123,13 @@ def embed(
     batch: Batch,
     config: ModelConfig,
     ws: Workspace,
+    absent_T: Tensor | None = None,
 ) -> None:
-    """Writes the first hidden states from gathered embedding rows."""
+    """Writes the first hidden states from gathered embedding rows.
+
+    `absent_T` marks tokens whose row another shard has; here they come to nothing, so that the
+    hidden states are the sum over the shards.
+    """
     mark = ws.mark()
     if config.has_projections:
         if isinstance(rows_TE, CompressedWeight) or rows_TE.dtype != hidden_TH.dtype:
@@ -127,6 +138,8 @@ def embed(
         ws.release(mark)
     else:
         convert(rows_TE, hidden_TH)
+    if absent_T is not None:
+        hidden_TH.masked_fill_(absent_T.unsqueeze(1), 0.0)
     if weights.embed_positions is not None:
         table = weights.embed_positions[config.position_offset :]
         positions_TH = ws.take(tuple(hidden_TH.shape), table.dtype)
@@ -156,6 +169,7 @@ def attention_half(
     config: ModelConfig,
     layer: int,
     ws: Workspace,
+    partial_TH: Tensor | None = None,
 ) -> None:
     if not batch.num_tokens:
         return
@@ -164,13 +178,20 @@ def attention_half(
     both = ws.take((batch.num_tokens, heads, config.head_dim), hidden_TH.dtype)
     q_TND, kv_T2KD = qkv(hidden_TH, weights, batch, config, both, ws)
     append_kv(kv_T2KD, batch, kvs, ws)
-    out(attend(q_TND, batch, kvs, config, layer, ws), hidden_TH, weights, config, ws)
+    attn_TA = attend(q_TND, batch, kvs, config, layer, ws)
+    out(attn_TA, hidden_TH, weights, config, ws, partial_TH)
     ws.release(mark)
 
 
-def mlp_half(hidden_TH: Tensor, weights: LayerWeights, config: ModelConfig, ws: Workspace) -> None:
+def mlp_half(
+    hidden_TH: Tensor,
+    weights: LayerWeights,
+    config: ModelConfig,
+    ws: Workspace,
+    partial_TH: Tensor | None = None,
+) -> None:
     if hidden_TH.shape[0]:
-        mlp(hidden_TH, weights, config, ws)
+        mlp(hidden_TH, weights, config, ws, partial_TH)
 
 
 def qkv(
@@ -249,16 +270,37 @@ def attend(
 
 
 def out(
-    attn_TA: Tensor, hidden_TH: Tensor, weights: LayerWeights, config: ModelConfig, ws: Workspace
+    attn_TA: Tensor,
+    hidden_TH: Tensor,
+    weights: LayerWeights,
+    config: ModelConfig,
+    ws: Workspace,
+    partial_TH: Tensor | None = None,
 ) -> None:
-    """Adds the projected attention to the hidden states."""
+    """Adds the projected attention to the hidden states, or leaves it in `partial_TH`."""
+    if partial_TH is not None:
+        multiply(attn_TA, weights.o_proj, weights.o_bias, partial_TH, ws)
+        return
     multiply(attn_TA, weights.o_proj, weights.o_bias, hidden_TH, ws, add=True)
+    after_attention(hidden_TH, weights, config, ws)
+
+
+def after_attention(
+    hidden_TH: Tensor, weights: LayerWeights, config: ModelConfig, ws: Workspace
+) -> None:
+    """What the model does to the sum of hidden states and attention."""
     if config.post_norm:
         norm(hidden_TH, weights.attn_norm, weights.attn_norm_bias, hidden_TH, config, ws)
 
 
-def mlp(hidden_TH: Tensor, weights: LayerWeights, config: ModelConfig, ws: Workspace) -> None:
-    """Adds the MLP of the hidden states to them.
+def mlp(
+    hidden_TH: Tensor,
+    weights: LayerWeights,
+    config: ModelConfig,
+    ws: Workspace,
+    partial_TH: Tensor | None = None,
+) -> None:
+    """Adds the MLP of the hidden states to them, or leaves it in `partial_TH`.
 
     On a CPU a few tokens at a time, whose wide states then stay in the caches, unless that would
     convert the weights again and again.
@@ -268,10 +310,24 @@ def mlp(hidden_TH: Tensor, weights: LayerWeights, config: ModelConfig, ws: Works
     stays = hidden_TH.is_cpu and weights.up_proj.dtype == hidden_TH.dtype
     step = RESULT_ROWS if stays else num_tokens
     for first in range(0, num_tokens, step):
-        _mlp(hidden_TH[first : first + step], weights, config, ws)
+        some = slice(first, first + step)
+        partial = None if partial_TH is None else partial_TH[some]
+        _mlp(hidden_TH[some], weights, config, ws, partial)
 
 
-def _mlp(hidden_TH: Tensor, weights: LayerWeights, config: ModelConfig, ws: Workspace) -> None:
+def after_mlp(hidden_TH: Tensor, weights: LayerWeights, config: ModelConfig, ws: Workspace) -> None:
+    """What the model does to the sum of hidden states and MLP."""
+    if config.post_norm:
+        norm(hidden_TH, weights.mlp_norm, weights.mlp_norm_bias, hidden_TH, config, ws)
+
+
+def _mlp(
+    hidden_TH: Tensor,
+    weights: LayerWeights,
+    config: ModelConfig,
+    ws: Workspace,
+    partial_TH: Tensor | None,
+) -> None:
     mark = ws.mark()
     x_TH = hidden_TH
     if not config.post_norm:
@@ -282,9 +338,11 @@ def _mlp(hidden_TH: Tensor, weights: LayerWeights, config: ModelConfig, ws: Work
         wide.mul_(activated(x_TH, weights.up_proj, weights.up_bias, None, ws))
     else:
         wide = activated(x_TH, weights.up_proj, weights.up_bias, config.activation, ws)
-    multiply(wide, weights.down_proj, weights.down_bias, hidden_TH, ws, add=True)
-    if config.post_norm:
-        norm(hidden_TH, weights.mlp_norm, weights.mlp_norm_bias, hidden_TH, config, ws)
+    if partial_TH is not None:
+        multiply(wide, weights.down_proj, weights.down_bias, partial_TH, ws)
+    else:
+        multiply(wide, weights.down_proj, weights.down_bias, hidden_TH, ws, add=True)
+        after_mlp(hidden_TH, weights, config, ws)
     ws.release(mark)
 
 

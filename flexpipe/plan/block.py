@@ -1,14 +1,16 @@
-"""The shape of a block: micro-batches, places for rows, room for their KV cache and hidden.
+"""The shape of the blocks: micro-batches, places for rows, room for their KV cache and hidden.
 
-Requests are taken longest first, so the first block is the largest that will ever run: whoever
+Requests are taken longest first, so the first rows are the largest that will ever run: whoever
 takes a finished row's place needs at most as much. A micro-batch's places all have room for the
-longest of its first rows; that room, times the places, is what the KV cache costs.
+longest of its first rows; that room, times the places, is what the KV cache costs. Several blocks
+in flight are as many more micro-batches, dealt to the blocks in order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from flexpipe.plan.layout import round_up
 from flexpipe.plan.placement import deal_places
@@ -35,7 +37,7 @@ class Need:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatchPlan:
-    """One micro-batch of the block: a place per row, each place's KV home, the hidden's home.
+    """One micro-batch: a place per row, each place's KV home, the hidden's home.
 
     `region_tokens` is the room of each place, `max_new_tokens` the most new tokens in one step.
     """
@@ -54,6 +56,10 @@ class MicroBatchPlan:
         """Places whose KV cache rests on `tier`, ascending."""
         return tuple(place for place, home in enumerate(self.kv_homes) if home == tier)
 
+    def num_places_on(self, tier: Tier) -> int:
+        """How many of them there are."""
+        return self.kv_homes.count(tier)
+
     def region_bytes(self, tier: Tier, token_bytes: int) -> int:
         """Bytes of one place in one layer; whole pages on disk."""
         num_bytes = self.region_tokens * token_bytes
@@ -65,20 +71,38 @@ def longest_first(needs: Sequence[Need]) -> list[int]:
     return sorted(range(len(needs)), key=lambda i: (-needs[i].total, -needs[i].prompt, i))
 
 
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """All requests, in the order they take places, and the longest prompt among them."""
+
+    needs: tuple[Need, ...]
+    longest_prompt: int
+
+    @classmethod
+    def of(cls, needs: Sequence[Need]) -> Queue:
+        ordered = tuple(needs[index] for index in longest_first(needs))
+        return cls(ordered, max(need.prompt for need in needs))
+
+
 def block_shape(
-    policy: Policy, needs: Sequence[Need], *, token_bytes: int, hidden_bytes: int
+    policy: Policy,
+    queue: Queue,
+    *,
+    token_bytes: int,
+    hidden_bytes: int,
+    num_blocks: int = 1,
 ) -> tuple[MicroBatchPlan, ...]:
-    """The micro-batches of a block for these requests.
+    """The micro-batches of all blocks in flight for these requests.
 
     `token_bytes` is what a token's keys and values take in one layer, `hidden_bytes` its hidden.
     """
-    first = [needs[index] for index in longest_first(needs)[: _num_places(policy)]]
+    num_places = _num_places(policy) * num_blocks
+    first = queue.needs[:num_places]
     size = policy.micro_batch_size
     groups = [first[start : start + size] for start in range(0, len(first), size)]
-    longest_prompt = max(need.prompt for need in needs)
     regions = [max(need.total for need in group) for group in groups]
     tokens = [
-        min(policy.max_batch_tokens, max(len(group) * longest_prompt, len(group)))
+        min(policy.max_batch_tokens, max(len(group) * queue.longest_prompt, len(group)))
         for group in groups
     ]
     kv_sizes = [
@@ -98,6 +122,13 @@ def block_shape(
         )
         for index, group in enumerate(groups)
     )
+
+
+def block_ranges(num_micro_batches: int, num_blocks: int) -> tuple[range, ...]:
+    """The micro-batches of each block; where there are few, the first blocks have one more."""
+    size, more = divmod(num_micro_batches, num_blocks)
+    starts = [block * size + min(block, more) for block in range(num_blocks + 1)]
+    return tuple(range(start, stop) for start, stop in pairwise(starts))
 
 
 def page_extents(

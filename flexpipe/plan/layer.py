@@ -2,7 +2,8 @@
 
 A layer is what one load of weights serves: the embedding, a decoder layer or its halves, the head
 or a slice of its vocabulary. A head that rests elsewhere comes in slices, each no larger than the
-largest other load, so that one size of slot serves all.
+largest other load, so that one size of slot serves all. Where hidden comes from another stage or
+goes to one, the first or last layer of a chunk is the message, which has no weights.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from flexpipe.model.config import (
     mlp_tensors,
 )
 from flexpipe.plan.layout import Part, SlotLayout, slot_layout
+from flexpipe.plan.pipeline import Pipeline
 from flexpipe.plan.placement import Placement, is_shared, meets_vocabulary
 from flexpipe.plan.policy import Policy
 from flexpipe.plan.tier import Tier
@@ -34,6 +36,25 @@ class LayerKind(StrEnum):
     ATTENTION = "attention"
     MLP = "mlp"
     HEAD = "head"
+    RECEIVE = "receive"  # hidden from the stage before
+    SEND = "send"  # hidden to the stage after
+
+
+class Piece(StrEnum):
+    """What of a decoder layer may be computed by itself."""
+
+    QKV = "qkv"
+    ATTEND = "attend"
+    OUT = "out"
+    MLP = "mlp"
+
+
+_ATTENTION = frozenset({Piece.QKV, Piece.ATTEND, Piece.OUT})
+_PIECES = {
+    LayerKind.DECODER: frozenset(Piece),
+    LayerKind.ATTENTION: _ATTENTION,
+    LayerKind.MLP: frozenset({Piece.MLP}),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +62,7 @@ class LayerPlan:
     """One layer of the stage: its parts, and how those that travel lie in a slot.
 
     `layer` is the decoder layer it belongs to. The head may come in slices of the vocabulary:
-    `vocab` is the range [start, stop) this one computes.
+    `vocab` is the range [start, stop) this one computes, counted from the shard's first row.
     """
 
     position: int
@@ -65,6 +86,11 @@ class LayerPlan:
         return self.kind in (LayerKind.DECODER, LayerKind.ATTENTION)
 
     @property
+    def pieces(self) -> frozenset[Piece]:
+        """Those of a decoder layer that are its."""
+        return _PIECES.get(self.kind, frozenset())
+
+    @property
     def reads_disk(self) -> bool:
         return bool(self.streamed.extents)
 
@@ -77,11 +103,16 @@ class LayerPlan:
         """Whether it needs the hidden of the layer before (all but the first and later heads)."""
         if self.kind == LayerKind.HEAD:
             return self.vocab is not None and self.vocab[0] == 0
-        return self.kind != LayerKind.EMBED
+        return not self.begins_chunk
 
     @property
     def leaves_hidden(self) -> bool:
-        return self.kind != LayerKind.HEAD
+        return self.kind not in (LayerKind.HEAD, LayerKind.SEND)
+
+    @property
+    def begins_chunk(self) -> bool:
+        """Whether hidden begins there, in this stage's eyes."""
+        return self.kind in (LayerKind.EMBED, LayerKind.RECEIVE)
 
     @cached_property
     def likeness(self) -> str:
@@ -99,9 +130,14 @@ def _matter(part: Part) -> tuple[object, ...]:
 
 
 def stage_layers(
-    config: ModelConfig, policy: Policy, placement: Placement, device_tier: Tier
+    config: ModelConfig,
+    policy: Policy,
+    placement: Placement,
+    device_tier: Tier,
+    pipeline: Pipeline,
+    rank: int,
 ) -> tuple[LayerPlan, ...]:
-    """The layers of a stage that holds the whole model, in order."""
+    """The layers of a stage in the order hidden passes them, chunk after chunk."""
     layers: list[LayerPlan] = []
 
     def add(kind: LayerKind, parts: Sequence[Part], **where: object) -> None:
@@ -117,14 +153,7 @@ def stage_layers(
             )
         )
 
-    embed = [
-        Part(placement.tensors[spec.name])
-        for spec in embed_tensors(config)
-        # rows of an embedding elsewhere are fetched, not streamed as a layer
-        if spec.role != "embed_tokens" or placement.tensors[spec.name].home == device_tier
-    ]
-    add(LayerKind.EMBED, embed)
-    for layer in range(config.num_layers):
+    def add_decoder(layer: int) -> None:
         attention = [Part(placement.tensors[s.name]) for s in attention_tensors(config, layer)]
         mlp = [Part(placement.tensors[s.name]) for s in mlp_tensors(config, layer)]
         if policy.separate_layers:
@@ -132,9 +161,30 @@ def stage_layers(
             add(LayerKind.MLP, mlp, layer=layer)
         else:
             add(LayerKind.DECODER, [*attention, *mlp], layer=layer)
-    for vocab, parts in _head_slices(config, placement, device_tier, layers):
-        add(LayerKind.HEAD, parts, vocab=vocab)
+
+    for chunk, decoders in enumerate(pipeline.chunks(rank)):
+        if chunk == 0 and pipeline.embeds(rank):
+            add(LayerKind.EMBED, _embed_parts(config, placement, device_tier))
+        else:
+            add(LayerKind.RECEIVE, ())
+        for layer in decoders:
+            add_decoder(layer)
+        if chunk + 1 == pipeline.num_chunks and pipeline.has_head(rank):
+            for vocab, parts in _head_slices(config, placement, device_tier, layers):
+                add(LayerKind.HEAD, parts, vocab=vocab)
+        else:
+            add(LayerKind.SEND, ())
     return tuple(layers)
+
+
+def _embed_parts(config: ModelConfig, placement: Placement, device_tier: Tier) -> list[Part]:
+    """Rows of an embedding elsewhere are fetched, not streamed as a layer."""
+    parts = [Part(placement.tensors[spec.name]) for spec in embed_tensors(config)]
+    return [
+        part
+        for part in parts
+        if part.tensor.spec.role != "embed_tokens" or part.tensor.home == device_tier
+    ]
 
 
 def _head_slices(
@@ -144,7 +194,7 @@ def _head_slices(
     specs = head_tensors(config)
     head = placement.tensors[specs[-1].name]
     first = [Part(placement.tensors[spec.name]) for spec in specs[:-1]]
-    vocab = config.vocab_size
+    vocab = len(config.vocab_rows)
     if head.home == device_tier:
         return [((0, vocab), [*first, Part(head)])]
     # what the vocabulary meets does not count: an embedding elsewhere is fetched row by row

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Protocol
 
 from flexpipe.errors import PolicyError
@@ -27,6 +28,7 @@ from flexpipe.model.config import (
     mlp_tensors,
 )
 from flexpipe.plan.codec import Codec
+from flexpipe.plan.pipeline import Pipeline
 from flexpipe.plan.policy import Shares
 from flexpipe.plan.tier import Tier
 
@@ -42,16 +44,19 @@ class Stored(Protocol):
     def offset(self) -> int: ...
     @property
     def num_bytes(self) -> int: ...
+    @property
+    def stride(self) -> int | None: ...  # from row to row, where they are parts of longer ones
 
 
-class Compressed(Stored, Protocol):
-    """The same of a tensor's compressed form, which may have to be made first."""
+class Form(Stored, Protocol):
+    """The same of a tensor's other form, which may have to be made first."""
 
     @property
     def new_bytes(self) -> int: ...  # that making it writes; 0 where it is there already
 
 
-Compress = Callable[[str, Codec], Compressed]
+# where a tensor lies compressed, or without a codec just row behind row
+FormOf = Callable[[str, Codec | None], Form]
 
 
 @dataclass(slots=True)
@@ -135,16 +140,24 @@ class Placement:
     tensors: Mapping[str, PlacedTensor]
     asked: Shares
     achieved_bytes: Mapping[Tier, int]  # of shared tensors, in bytes of their files
-    new_bytes: int = 0  # of compressed forms that are yet to be written
+    new_bytes: int = 0  # of forms that are yet to be written
 
 
 def model_tensors(config: ModelConfig) -> tuple[TensorSpec, ...]:
     """Every tensor of the model once, in the order of use (a tied head is the embedding)."""
+    return stage_tensors(config, Pipeline.whole(config.num_layers), 0)
+
+
+def stage_tensors(config: ModelConfig, pipeline: Pipeline, rank: int) -> tuple[TensorSpec, ...]:
+    """The same of one stage; both ends of a pipeline hold a tied table."""
     specs: dict[str, TensorSpec] = {}
-    groups: list[Iterable[TensorSpec]] = [embed_tensors(config)]
-    for layer in range(config.num_layers):
+    groups: list[Iterable[TensorSpec]] = []
+    if pipeline.embeds(rank):
+        groups.append(embed_tensors(config))
+    for layer in chain.from_iterable(pipeline.chunks(rank)):
         groups += [attention_tensors(config, layer), mlp_tensors(config, layer)]
-    groups.append(head_tensors(config))
+    if pipeline.has_head(rank):
+        groups.append(head_tensors(config))
     for group in groups:
         for spec in group:
             specs.setdefault(spec.name, spec)
@@ -161,7 +174,7 @@ def meets_vocabulary(spec: TensorSpec) -> bool:
 
 
 def place_weights(
-    config: ModelConfig,
+    specs: Sequence[TensorSpec],
     shares: Shares,
     stored: Mapping[str, Stored],
     *,
@@ -170,26 +183,30 @@ def place_weights(
     resident_dtype: str,
     weight_codec: Codec | None = None,
     vocabulary_codec: Codec | None = None,
-    compress: Compress | None = None,
+    form_of: FormOf | None = None,
 ) -> Placement:
-    """Deal the model's tensors to tiers.
+    """Deal the tensors of a model, or of one stage, to tiers.
 
     Tensors at home on `device_tier` are held in the compute dtype unless `resident_dtype` is
     "checkpoint"; tensors that travel are held in the smaller of checkpoint and compute dtype; on
-    disk they stay as they are. Where a codec is given, shared tensors are compressed everywhere,
-    and `compress` tells where that form of a tensor lies.
+    disk they stay as they are, but for rows with gaps between them, which are repacked. Where a
+    codec is given, shared tensors are compressed everywhere. `form_of` tells where such a form of a
+    tensor lies.
     """
-    specs = model_tensors(config)
     shared = [spec for spec in specs if is_shared(spec)]
     codecs = {
         spec.name: codec
         for spec in shared
         if (codec := vocabulary_codec if meets_vocabulary(spec) else weight_codec)
     }
-    assert compress is not None or not codecs
-    compressed = {name: compress(name, codec) for name, codec in codecs.items() if compress}
-    files: dict[str, Stored] = {**stored, **compressed}
+    assert form_of is not None or not codecs
+    forms = {name: form_of(name, codec) for name, codec in codecs.items() if form_of}
+    files: dict[str, Stored] = {**stored, **forms}
     homes, given = _deal_weights(shares, shared, files)
+    for name, home in homes.items():
+        if home == Tier.DISK and files[name].stride is not None:
+            assert form_of is not None
+            files[name] = forms[name] = form_of(name, None)
     placed: dict[str, PlacedTensor] = {}
     for spec in specs:
         source = files[spec.name]
@@ -205,7 +222,7 @@ def place_weights(
         placed[spec.name] = PlacedTensor(spec, home, dtype, source, codecs.get(spec.name))
     check_all_given("weights", "tensor", shares, given)
     # tensors may share a file
-    new = {str(form.path): form.new_bytes for form in compressed.values()}
+    new = {str(form.path): form.new_bytes for form in forms.values()}
     return Placement(
         tensors=placed, asked=shares, achieved_bytes=given, new_bytes=sum(new.values())
     )

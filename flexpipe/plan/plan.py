@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, pairwise
 
 from flexpipe.errors import PlanError
 from flexpipe.model.config import (
@@ -23,11 +24,19 @@ from flexpipe.model.cost import (
     widen_bytes,
     workspace_bytes,
 )
-from flexpipe.plan.block import KV_PAGE, MicroBatchPlan, Need, block_shape
+from flexpipe.plan.block import KV_PAGE, MicroBatchPlan, Need, Queue, block_ranges, block_shape
 from flexpipe.plan.codec import Codec
 from flexpipe.plan.layer import LayerKind, LayerPlan, stage_layers
 from flexpipe.plan.layout import PACK_ALIGN, round_up
-from flexpipe.plan.placement import Compress, PlacedTensor, Placement, Stored, place_weights
+from flexpipe.plan.pipeline import Pipeline
+from flexpipe.plan.placement import (
+    FormOf,
+    PlacedTensor,
+    Placement,
+    Stored,
+    place_weights,
+    stage_tensors,
+)
 from flexpipe.plan.policy import Policy
 from flexpipe.plan.tier import Tier
 from flexpipe.units import MIB, format_bytes
@@ -37,6 +46,7 @@ NUM_HIDDEN_SLOTS = 3
 NUM_STAGES = 2  # host buffers on the way between disk and accelerator: one fills, one drains
 NUM_EMBED_SLOTS = 2
 NUM_ATTENTION_SLOTS = 2  # one micro-batch attends on the CPU, another one on the device
+NUM_PARTIAL_SLOTS = 3  # of a micro-batch's two halves, and of another one's that computes meanwhile
 # What the process takes beside the pools; 0 to 75 MiB were seen. While loading: two buffers of 32
 # MiB and the bounce ring (16 MiB). Later BLAS's packing buffers and the holes that prompts of many
 # lengths leave in the allocator's heaps.
@@ -98,7 +108,7 @@ class LayerBytes:
         cls,
         layers: Sequence[LayerPlan],
         placement: Placement,
-        embedding: PlacedTensor,
+        embedding: PlacedTensor | None,
         device: Tier,
         compute_dtype: str,
     ) -> LayerBytes:
@@ -127,7 +137,7 @@ class LayerBytes:
 
 
 def _host_slabs(
-    layers: Sequence[LayerPlan], embedding: PlacedTensor, device: Tier
+    layers: Sequence[LayerPlan], embedding: PlacedTensor | None, device: Tier
 ) -> dict[str, int]:
     slabs = {}
     for layer in layers:
@@ -138,17 +148,22 @@ def _host_slabs(
             if part.tensor.home == Tier.CPU:
                 name = part.tensor.spec.name
                 slabs[name] = round_up(part.tensor.num_bytes, PACK_ALIGN)
-    if device != Tier.CPU and embedding.home == Tier.CPU:
+    if device != Tier.CPU and embedding is not None and embedding.home == Tier.CPU:
         slabs[embedding.spec.name] = round_up(embedding.num_bytes, PACK_ALIGN)
     return {name: num_bytes for name, num_bytes in slabs.items() if num_bytes}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A policy resolved for one stage, one model and one set of requests."""
+    """A policy resolved for one stage, one model and one set of requests.
+
+    `micro_batches` are those of all blocks in flight, block by block.
+    """
 
     config: ModelConfig
     policy: Policy
+    pipeline: Pipeline
+    rank: int
     device_tier: Tier
     compute_dtype: str
     placement: Placement
@@ -172,7 +187,17 @@ class Plan:
         return kv_token_bytes(self.config, self.compute_dtype, self.policy.cache_codec)
 
     @property
+    def embeds(self) -> bool:
+        return self.pipeline.embeds(self.rank)
+
+    @property
+    def has_head(self) -> bool:
+        return self.pipeline.has_head(self.rank)
+
+    @property
     def embedding(self) -> PlacedTensor:
+        """The table that tokens are looked up in, where the stage embeds."""
+        assert self.embeds
         return self.placement.tensors[self.config.tensor_names["embed_tokens"]]
 
     @property
@@ -182,11 +207,38 @@ class Plan:
     @property
     def embed_streams(self) -> bool:
         """Whether embedding rows are fetched one micro-batch at a time."""
-        return self.embed_home != self.device_tier
+        return self.embeds and self.embed_home != self.device_tier
 
     @property
     def num_head_layers(self) -> int:
         return sum(layer.kind == LayerKind.HEAD for layer in self.layers)
+
+    @cached_property
+    def chunks(self) -> tuple[tuple[LayerPlan, ...], ...]:
+        """The layers of each range that hidden passes in one go."""
+        starts = [layer.position for layer in self.layers if layer.begins_chunk]
+        return tuple(
+            self.layers[start:stop] for start, stop in pairwise([*starts, len(self.layers)])
+        )
+
+    @cached_property
+    def decoder_layers(self) -> tuple[int, ...]:
+        """The model's decoder layers that are this stage's."""
+        return tuple(chain.from_iterable(self.pipeline.chunks(self.rank)))
+
+    @property
+    def num_decoder_layers(self) -> int:
+        return len(self.decoder_layers)
+
+    @cached_property
+    def blocks(self) -> tuple[range, ...]:
+        """Indices of each block's micro-batches; step s works on block s modulo their number."""
+        return block_ranges(len(self.micro_batches), self.pipeline.num_blocks)
+
+    @cached_property
+    def ranks_in_block(self) -> tuple[int, ...]:
+        """Each micro-batch's index within its block."""
+        return tuple(index for block in self.blocks for index in range(len(block)))
 
     @cached_property
     def streamed_layers(self) -> tuple[LayerPlan, ...]:
@@ -227,6 +279,8 @@ class Plan:
             *self._hidden_pools(),
             *self._attention_pools(),
             *self._compute_pools(),
+            *self._message_pools(),
+            *self._sum_pools(),
         ]
         return tuple(pool for pool in made if pool.num_bytes)
 
@@ -256,7 +310,7 @@ class Plan:
         if tier == Tier.CPU:
             parts.append((self.budgets.overhead + PROCESS_SLACK, "process"))
         if tier == Tier.DISK and self.placement.new_bytes:
-            parts.append((self.placement.new_bytes, "compressed weights"))
+            parts.append((self.placement.new_bytes, "weights to compress or repack"))
         return ", ".join(f"{name} {format_bytes(size)}" for size, name in parts)
 
     def _weight_pools(self) -> list[PoolPlan]:
@@ -284,20 +338,21 @@ class Plan:
         return pools
 
     def _kv_pools(self) -> list[PoolPlan]:
-        layers, token_bytes = self.config.num_layers, self.token_bytes
+        layers, token_bytes = self.num_decoder_layers, self.token_bytes
         pools = []
         for tier in Tier:
             rooms = (
-                len(mb.places(tier)) * mb.region_bytes(tier, token_bytes)
+                mb.num_places_on(tier) * mb.region_bytes(tier, token_bytes)
                 for mb in self.micro_batches
             )
             pools.append(PoolPlan(name="KV cache", tier=tier, slot_bytes=layers * sum(rooms)))
         slot = max(
-            len(self.slot_places(mb)) * self.slot_region_bytes(mb) for mb in self.micro_batches
+            (mb.num_places - mb.num_places_on(self.device_tier)) * self.slot_region_bytes(mb)
+            for mb in self.micro_batches
         )
-        on_disk = sum(len(mb.places(Tier.DISK)) for mb in self.micro_batches)
+        on_disk = sum(mb.num_places_on(Tier.DISK) for mb in self.micro_batches)
         stage = max(
-            len(mb.places(Tier.DISK)) * self.slot_region_bytes(mb) for mb in self.micro_batches
+            mb.num_places_on(Tier.DISK) * self.slot_region_bytes(mb) for mb in self.micro_batches
         )
         pools += [
             PoolPlan(
@@ -346,6 +401,35 @@ class Plan:
             )
         return pools
 
+    @cached_property
+    def reorders_messages(self) -> bool:
+        """Whether rows may lie in another order here than in messages, where places ascend."""
+        if not self.pipeline.is_cut:
+            return False
+        return self.attends_on_cpu or any(len(set(mb.kv_homes)) > 1 for mb in self.micro_batches)
+
+    def _message_pools(self) -> list[PoolPlan]:
+        """Where hidden is put in order: one message that leaves, one that came."""
+        if not self.reorders_messages:
+            return []
+        largest = max(self.hidden_bytes(mb) for mb in self.micro_batches)
+        return [
+            PoolPlan(name="messages", tier=self.device_tier, slot_bytes=largest, num_slots=2),
+        ]
+
+    def _sum_pools(self) -> list[PoolPlan]:
+        """Where a shard leaves its part of what is added to hidden."""
+        if not self.config.is_split:
+            return []
+        return [
+            PoolPlan(
+                name="partial sums",
+                tier=self.device_tier,
+                slot_bytes=max(self.hidden_bytes(mb) for mb in self.micro_batches),
+                num_slots=NUM_PARTIAL_SLOTS,
+            )
+        ]
+
     @property
     def query_bytes(self) -> int:
         """Query, key and value of one token, as attention on the CPU takes them."""
@@ -357,7 +441,7 @@ class Plan:
         if not self.attends_on_cpu:
             return []
         tokens = max(mb.max_new_tokens for mb in self.micro_batches)
-        rows = max(len(mb.places(Tier.CPU)) for mb in self.micro_batches)
+        rows = max(mb.num_places_on(Tier.CPU) for mb in self.micro_batches)
         return [
             PoolPlan(
                 name="attention slots",
@@ -436,21 +520,26 @@ class Plan:
 
     def _widen_bytes(self, num_tokens: int) -> int:
         """What widening compressed weights takes, a slice at a time, or all embedding rows."""
-        looked_up = num_tokens * self.config.input_size if self.embedding.codec else 0
         sizes = self.layer_bytes
-        multiplied = sizes.max_convert_elements if sizes.is_compressed else 0
-        gathered = 0 if self.embed_streams or not looked_up else num_tokens
-        gathered *= self.embedding.row_bytes
-        return max(widen_bytes(multiplied), gathered + widen_bytes(looked_up, in_slices=False))
+        multiplied = widen_bytes(sizes.max_convert_elements if sizes.is_compressed else 0)
+        if not self.embeds or not self.embedding.codec:
+            return multiplied
+        looked_up = widen_bytes(num_tokens * self.config.input_size, in_slices=False)
+        gathered = 0 if self.embed_streams else num_tokens * self.embedding.row_bytes
+        return max(multiplied, gathered + looked_up)
 
     @property
     def num_logits(self) -> int:
         """Logits buffers: one, unless a sliced head fills several micro-batches' in turn."""
-        return 1 if self.num_head_layers == 1 else len(self.micro_batches)
+        return 1 if self.num_head_layers == 1 else self.num_head_inputs
+
+    @property
+    def num_head_inputs(self) -> int:
+        """One for each micro-batch of a block that meets the head."""
+        return len(self.blocks[0]) if self.has_head else 0
 
     def _compute_pools(self) -> list[PoolPlan]:
         device, rows = self.device_tier, max(mb.num_places for mb in self.micro_batches)
-        count = len(self.micro_batches)
         pools = [
             PoolPlan(name="workspace", tier=device, slot_bytes=self.workspace_bytes),
             PoolPlan(
@@ -463,7 +552,7 @@ class Plan:
                 name="head input",
                 tier=device,
                 slot_bytes=round_up(rows * self.config.input_size * self.compute_bytes, 64),
-                num_slots=count,
+                num_slots=self.num_head_inputs,
             ),
             PoolPlan(
                 name="embedding slots",
@@ -501,22 +590,27 @@ class Planner:
     def __init__(
         self,
         config: ModelConfig,
-        needs: Sequence[Need],
+        needs: Sequence[Need] | Queue,
         stored: Mapping[str, Stored],
         budgets: Budgets,
         *,
         device_tier: Tier,
         compute_dtype: str,
-        compress: Compress | None = None,
+        form_of: FormOf | None = None,
+        pipeline: Pipeline | None = None,
+        rank: int = 0,
     ) -> None:
-        """`compress` tells where compressed weights lie, for policies that ask for them."""
+        """`form_of` tells where weights in another form lie, for policies that ask for them. Plans
+        are those of stage `rank` of `pipeline`; without one they are of the whole model."""
         self._config = config
-        self._needs = needs
+        self._pipeline = pipeline or Pipeline.whole(config.num_layers)
+        self._rank = rank
+        self._queue = needs if isinstance(needs, Queue) else Queue.of(needs)
         self._stored = stored
         self._budgets = budgets
         self._device_tier = device_tier
         self._compute_dtype = compute_dtype
-        self._compress = compress
+        self._form_of = form_of
         self._placements: dict[object, Placement] = {}
         self._layers: dict[object, tuple[tuple[LayerPlan, ...], LayerBytes]] = {}
         self._blocks: dict[object, tuple[MicroBatchPlan, ...]] = {}
@@ -524,6 +618,10 @@ class Planner:
     @property
     def config(self) -> ModelConfig:
         return self._config
+
+    @property
+    def pipeline(self) -> Pipeline:
+        return self._pipeline
 
     @property
     def compute_dtype(self) -> str:
@@ -534,6 +632,8 @@ class Planner:
         return Plan(
             config=self._config,
             policy=policy,
+            pipeline=self._pipeline,
+            rank=self._rank,
             device_tier=self._device_tier,
             compute_dtype=self._compute_dtype,
             placement=self._placement(policy),
@@ -547,7 +647,7 @@ class Planner:
         key = _weight_knobs(policy)
         if key not in self._placements:
             self._placements[key] = place_weights(
-                self._config,
+                stage_tensors(self._config, self._pipeline, self._rank),
                 policy.weights,
                 self._stored,
                 device_tier=self._device_tier,
@@ -555,7 +655,7 @@ class Planner:
                 resident_dtype=policy.resident_dtype,
                 weight_codec=policy.weight_codec,
                 vocabulary_codec=policy.vocabulary_codec,
-                compress=self._compress,
+                form_of=self._form_of,
             )
         return self._placements[key]
 
@@ -563,8 +663,12 @@ class Planner:
         key = (*_weight_knobs(policy), policy.separate_layers)
         if key not in self._layers:
             placement = self._placement(policy)
-            layers = stage_layers(self._config, policy, placement, self._device_tier)
-            embedding = placement.tensors[self._config.tensor_names["embed_tokens"]]
+            layers = stage_layers(
+                self._config, policy, placement, self._device_tier, self._pipeline, self._rank
+            )
+            looked_up = self._config.tensor_names["embed_tokens"]
+            embeds = self._pipeline.embeds(self._rank)
+            embedding = placement.tensors[looked_up] if embeds else None
             sizes = LayerBytes.of(
                 layers, placement, embedding, self._device_tier, self._compute_dtype
             )
@@ -578,9 +682,10 @@ class Planner:
         if key not in self._blocks:
             self._blocks[key] = block_shape(
                 policy,
-                self._needs,
+                self._queue,
                 token_bytes=kv_token_bytes(self._config, self._compute_dtype, codec),
                 hidden_bytes=self._config.hidden_size * DTYPE_BYTES[self._compute_dtype],
+                num_blocks=self._pipeline.num_blocks,
             )
         return self._blocks[key]
 

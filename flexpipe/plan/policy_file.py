@@ -1,14 +1,15 @@
 """A policy as a file that people read, copy and change: every knob with what it means.
 
 It may say what it was `made_for`, so that it is not taken for another model by mistake; the knobs
-it leaves out are for the search to find.
+it leaves out are for the search to find. Under `stages` each stage of a pipeline may have its
+number of layers, and knobs of its own.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ _MEANINGS: Mapping[str, str] = {
     "cpu_mem": "",
     "disk_mem": "",
 }
+# knobs that decide what passes from stage to stage, or when: the same for all
+COMMON = ("micro_batch_size", "num_micro_batches", "max_batch_tokens", "strategy", "compute_dtype")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,11 +80,56 @@ class MadeFor:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StageKnobs:
+    """What a policy file says of one stage: knobs of its own, and its layers, by virtual stage."""
+
+    knobs: Mapping[str, Any]
+    layers: tuple[int, ...] | None = None
+
+    @classmethod
+    def parse(cls, index: int, content: Any) -> StageKnobs:
+        where = f"stages[{index}]"
+        if not isinstance(content, dict):
+            raise PolicyError(f"{where} must map field names to values, got {content!r}")
+        common = [name for name in COMMON if name in content]
+        if common:
+            raise PolicyError(
+                f"{where}.{common[0]} is the same for all stages; give it once, above"
+            )
+        try:
+            knobs = {name: knob(name, value) for name, value in content.items() if name != "layers"}
+        except FlexpipeError as error:
+            raise PolicyError(f"{where}: {error}") from error
+        return cls(knobs=knobs, layers=_layers(where, content.get("layers")))
+
+
+def _layers(where: str, content: Any) -> tuple[int, ...] | None:
+    """One number, or one per virtual stage."""
+    if content is None:
+        return None
+    layers = tuple(content) if isinstance(content, list) else (content,)
+    if not layers or not all(type(count) is int and count > 0 for count in layers):
+        raise PolicyError(f"{where}.layers is a whole number from 1, or a list, got {content!r}")
+    return layers
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PolicyFile:
     """What a policy file gives, checked one by one; the rest is left to the search."""
 
     knobs: Mapping[str, Any]
     made_for: MadeFor | None = None
+    stages: tuple[StageKnobs, ...] = ()
+
+    @property
+    def cut(self) -> tuple[int, ...] | None:
+        """Layers of each virtual stage, in the order hidden passes them; None where some stage does
+        not say."""
+        layers = [stage.layers for stage in self.stages]
+        known = [counts for counts in layers if counts is not None]
+        if not known or len(known) < len(layers) or len(set(map(len, known))) > 1:
+            return None
+        return tuple(count for counts in zip(*known, strict=True) for count in counts)
 
     @classmethod
     def read(cls, path: Path) -> PolicyFile:
@@ -106,22 +154,61 @@ class PolicyFile:
         knobs = {
             str(name): knob(str(name), value)
             for name, value in content.items()
-            if name != "made_for"
+            if name not in ("made_for", "stages")
         }
-        made_for = content.get("made_for")
-        return cls(knobs=knobs, made_for=None if made_for is None else MadeFor.parse(made_for))
+        made_for, stages = content.get("made_for"), content.get("stages") or []
+        if not isinstance(stages, list):
+            raise PolicyError(f"stages is a list, one item per stage, got {stages!r}")
+        return cls(
+            knobs=knobs,
+            made_for=None if made_for is None else MadeFor.parse(made_for),
+            stages=tuple(StageKnobs.parse(index, item) for index, item in enumerate(stages)),
+        )
 
 
 def render_policy(policy: Policy, made_for: MadeFor, opening: Sequence[str]) -> str:
     """The policy as YAML that `PolicyFile` reads, under the lines of `opening`."""
-    width = max(map(len, _MEANINGS)) + 2
+    names = [item.name for item in fields(Policy)]
+    return "\n".join([*_opening(made_for, opening), *_knob_lines(policy, names)]) + "\n"
+
+
+def render_stages(
+    policies: Sequence[Policy],
+    layers: Sequence[Sequence[int]],
+    made_for: MadeFor,
+    opening: Sequence[str],
+) -> str:
+    """The same of a pipeline: what all stages have in common, then what each has of its own, its
+    layers by virtual stage first."""
+    names = [item.name for item in fields(Policy)]
+    own = [name for name in names if any(_differ(policies, name))]
+    lines = _knob_lines(policies[0], [name for name in names if name not in own])
+    lines += ["", "stages:  # in the order that hidden passes them"]
+    for policy, counts in zip(policies, layers, strict=True):
+        lines.append(f"  - layers: {counts[0] if len(counts) == 1 else _flow([*counts])}")
+        lines += [f"    {name}: {_value(getattr(policy, name))}" for name in own]
+    return "\n".join([*_opening(made_for, opening), *lines]) + "\n"
+
+
+def _differ(policies: Sequence[Policy], name: str) -> Iterator[bool]:
+    first = getattr(policies[0], name)
+    return (getattr(policy, name) != first for policy in policies)
+
+
+def _opening(made_for: MadeFor, opening: Sequence[str]) -> list[str]:
     lines = [f"# {line}".rstrip() for line in opening]
-    lines += [f"{'made_for:':<{width}}{_flow(asdict(made_for))}  # for others, take this line out"]
-    for item in fields(Policy):
-        value = f"{item.name + ':':<{width}}{_value(getattr(policy, item.name))}"
-        meaning = _MEANINGS[item.name]
+    width = max(map(len, _MEANINGS)) + 2
+    what = f"{'made_for:':<{width}}{_flow(asdict(made_for))}"
+    return [*lines, f"{what}  # for others, take this line out"]
+
+
+def _knob_lines(policy: Policy, names: Sequence[str]) -> list[str]:
+    width, lines = max(map(len, _MEANINGS)) + 2, []
+    for name in names:
+        value = f"{name + ':':<{width}}{_value(getattr(policy, name))}"
+        meaning = _MEANINGS[name]
         lines.append(f"{value:<{width + 32}}  # {meaning}" if meaning else value)
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -180,7 +180,7 @@ def _seconds_per_row(plan: Plan) -> float:
     disk = sum(layer.streamed.read_bytes for layer in plan.layers)
     host = sum(layer.streamed.num_bytes for layer in plan.layers) if plan.streams_to_device else 0
     for mb in plan.micro_batches:
-        room = mb.region_tokens * plan.token_bytes * plan.config.num_layers
+        room = mb.region_tokens * plan.token_bytes * plan.num_decoder_layers
         disk += len(mb.places(Tier.DISK)) * room
         if plan.streams_to_device:
             host += len(plan.slot_places(mb)) * room

@@ -29,26 +29,28 @@ from flexpipe.model.cost import (
 )
 from flexpipe.plan.block import KV_PAGE, MicroBatchPlan, page_extents
 from flexpipe.plan.hardware import Emulation
-from flexpipe.plan.layer import LayerKind, LayerPlan
+from flexpipe.plan.layer import LayerKind, LayerPlan, Piece
 from flexpipe.plan.layout import ALIGN, Part, round_up
 from flexpipe.plan.plan import Plan
 from flexpipe.plan.tier import Tier
 from flexpipe.policy.curve import Curve, Surface
 from flexpipe.policy.profile import Profile, Rates
-from flexpipe.schedule.op import Kind, Op, Segment
+from flexpipe.schedule.op import Kind, Op, Segment, pieces_of
 from flexpipe.schedule.simulate import Cost
 from flexpipe.schedule.step import MicroBatch, Row
 
 IN_FLIGHT = 8  # scattered reads and writes of one op at a time
 FETCHED_BYTES = 8 + 1  # of a sampled row: its token, and whether its logits were finite
+TOKEN_BYTES = 2 * 8  # the same in a message between ranks
 # numbers that go through a norm's worth of work, relative to one of the hidden's
 _ROPE, _APPEND, _GATE, _LOOKUP = 1.0, 0.4, 0.5, 0.3
-# how a layer's fixed cost falls on its segments
-_OVERHEAD_SHARE = {None: 1.0, Segment.QKV: 0.4, Segment.ATTEND: 0.2, Segment.OUT: 0.4}
-_ROLES: Mapping[Segment, tuple[str, ...]] = {
-    Segment.QKV: ("q_proj", "k_proj", "v_proj"),
-    Segment.ATTEND: (),
-    Segment.OUT: ("o_proj", "gate_proj", "up_proj", "down_proj"),
+# how a layer's fixed cost falls on its pieces
+_OVERHEAD_SHARE = {Piece.QKV: 0.4, Piece.ATTEND: 0.2, Piece.OUT: 0.1, Piece.MLP: 0.3}
+_ROLES: Mapping[Piece, tuple[str, ...]] = {
+    Piece.QKV: ("q_proj", "k_proj", "v_proj"),
+    Piece.ATTEND: (),
+    Piece.OUT: ("o_proj",),
+    Piece.MLP: ("gate_proj", "up_proj", "down_proj"),
 }
 
 
@@ -133,12 +135,17 @@ class CostModel:
             Kind.COMPUTE: self._compute,
             Kind.SAMPLE: self._sample,
             Kind.FETCH_TOKENS: self._fetch,
+            Kind.ALL_REDUCE: self._all_reduce,
             Kind.COMMIT: self._commit,
+            Kind.SEND_HIDDEN: lambda op: self._send(self._hidden_bytes(op)),
+            Kind.RECEIVE_HIDDEN: lambda op: self._receive(self._hidden_bytes(op)),
+            Kind.SEND_TOKENS: lambda op: self._send(self._tokens_bytes(op)),
+            Kind.RECEIVE_TOKENS: lambda op: self._receive(self._tokens_bytes(op)),
             Kind.BARRIER: lambda op: Cost(0.0),
         }
 
     def __call__(self, op: Op) -> Cost:
-        if op.batch is not None:
+        if op.batch is not None or op.batches:
             return self._price[op.kind](op)
         key = op.kind, op.layer
         cost = self._costs.get(key)
@@ -285,6 +292,38 @@ class CostModel:
         width = self._config.num_heads * self._config.head_dim * self.plan.compute_bytes
         return self._move("h2d", self._shape(op).num_on_cpu * width)
 
+    # messages
+
+    def _send(self, num_bytes: int) -> Cost:
+        """A message counts on the link of the rank that sends it."""
+        return Cost(self._message_s(num_bytes), "copy", 1.0, "comm", num_bytes)
+
+    def _receive(self, num_bytes: int) -> Cost:
+        return Cost(self._message_s(num_bytes), "copy")
+
+    def _all_reduce(self, op: Op) -> Cost:
+        """Every shard sends and receives a part of the bytes twice, less its own; the sum of what
+        half a layer adds is then added to hidden."""
+        shape, layer, size = self._shape(op), self.plan.layers[op.layer], self._config.shard.size
+        adds = 0.0
+        if layer.kind == LayerKind.HEAD:
+            numbers = shape.num_sampled * self._config.vocab_size
+        else:
+            numbers = shape.num_new * self._config.hidden_size
+            adds = self._passes_s(numbers) if layer.kind != LayerKind.EMBED else 0.0
+        moved = 2 * (size - 1) * numbers * self.plan.compute_bytes // size
+        return Cost(self._message_s(moved) + adds, "copy", 1.0, "comm", moved)
+
+    def _message_s(self, num_bytes: int) -> float:
+        curve = self.profile.links.get("comm")
+        if curve is None:
+            raise self._lacking("link", "comm")
+        return self.profile.overhead("move") + curve.seconds(num_bytes)
+
+    def _tokens_bytes(self, op: Op) -> int:
+        """Those of a step come in one message, which is there without any too."""
+        return max(1, sum(self.shape(batch).num_sampled for batch in op.batches)) * TOKEN_BYTES
+
     # computing
 
     def _attend_cpu(self, op: Op) -> Cost:
@@ -319,42 +358,52 @@ class CostModel:
 
     def _head_flops(self, layer: LayerPlan, shape: Shape) -> float:
         assert layer.vocab is not None
-        share = (layer.vocab[1] - layer.vocab[0]) / self._config.vocab_size
+        share = (layer.vocab[1] - layer.vocab[0]) / len(self._config.vocab_rows)
         return head_flops(self._config, shape.num_sampled) * share
 
     def _decoder_s(self, op: Op, layer: LayerPlan, shape: Shape) -> float:
-        config, tokens, part = self._config, shape.num_new, op.segment
+        config, tokens, pieces = self._config, shape.num_new, pieces_of(layer, op.segment)
         heads, kv_heads = config.num_heads, config.num_kv_heads
-        seconds = _OVERHEAD_SHARE[part] * self.profile.overhead("layer")
-        seconds += self._products_s(op.layer, part, tokens)
+        if not pieces:  # a norm behind a sum
+            return self.profile.overhead("other") + self._passes_s(config.hidden_size * tokens)
+        seconds = self._layer_overhead_s(layer, op.segment)
+        seconds += self._products_s(op.layer, op.segment, tokens)
         numbers = 0.0
-        if layer.has_kv_cache and part in (None, Segment.QKV):
+        if Piece.QKV in pieces:
             numbers += config.hidden_size + config.head_dim * _APPEND * 2 * kv_heads
             turned = (heads + kv_heads) * config.head_dim if config.rope else 0
             seconds += self._numbers_s(self.profile.compute.rotary, turned * tokens, _ROPE)
             seconds += self._append_s(self.profile.compute, tokens - shape.num_on_cpu)
-        if layer.has_kv_cache and part in (None, Segment.ATTEND):
+        if Piece.ATTEND in pieces:
             here = shape.here[self._window(op)]
             seconds += self._attention_s(self.profile.compute, here)
             seconds += max(0, shape.num_groups - 1) * self.profile.overhead("group")
-        if layer.kind != LayerKind.ATTENTION and part in (None, Segment.OUT):
+        if Piece.MLP in pieces:
             numbers += config.hidden_size
             gated = config.ffn_size if config.gated_mlp else 0
             seconds += self._numbers_s(self.profile.compute.gating, gated * tokens, _GATE)
         return seconds + self._passes_s(numbers * tokens)
 
     def _decoder_flops(self, op: Op, layer: LayerPlan, shape: Shape) -> float:
-        config, tokens, part = self._config, shape.num_new, op.segment
+        config, tokens, pieces = self._config, shape.num_new, pieces_of(layer, op.segment)
         flops = 0.0
-        if layer.has_kv_cache and part in (None, Segment.QKV):
+        if Piece.QKV in pieces:
             flops += qkv_flops(config, tokens)
-        if layer.has_kv_cache and part in (None, Segment.ATTEND):
+        if Piece.ATTEND in pieces:
             attended = sum(piece.attended for piece in shape.here[self._window(op)])
             flops += attend_flops(config, attended)
-        if part in (None, Segment.OUT):
-            flops += out_flops(config, tokens) if layer.has_kv_cache else 0
-            flops += mlp_flops(config, tokens) if layer.kind != LayerKind.ATTENTION else 0
+        if Piece.OUT in pieces:
+            flops += out_flops(config, tokens)
+        if Piece.MLP in pieces:
+            flops += mlp_flops(config, tokens)
         return flops
+
+    def _layer_overhead_s(self, layer: LayerPlan, segment: Segment | None) -> float:
+        """A layer costs one whole, whether it is a whole decoder layer or half of one."""
+        share = 1.0
+        if segment is not None:
+            share = sum(_OVERHEAD_SHARE[piece] for piece in pieces_of(layer, segment))
+        return share * self.profile.overhead("layer")
 
     def _sample(self, op: Op) -> Cost:
         logits = self._shape(op).num_sampled * self._config.vocab_size
@@ -422,7 +471,8 @@ class CostModel:
         key = layer.likeness, segment, rows
         seconds = self._products.get(key)
         if seconds is None:
-            roles = _ROLES.get(segment) if segment else None
+            pieces = pieces_of(layer, segment)
+            roles = {role for piece in pieces for role in _ROLES[piece]} if segment else None
             parts = [
                 (part, resident)
                 for some, resident in ((layer.resident, True), (layer.streamed.parts, False))

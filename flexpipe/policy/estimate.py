@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from flexpipe.model.cost import num_attended
 from flexpipe.plan.block import KV_PAGE, Need
-from flexpipe.plan.layer import LayerKind, LayerPlan
+from flexpipe.plan.layer import LayerKind, LayerPlan, Piece
 from flexpipe.plan.plan import Plan
 from flexpipe.plan.tier import Tier
 from flexpipe.policy.cost import Attention, CostModel, Shape
@@ -23,6 +23,7 @@ from flexpipe.schedule.op import Kind, Op, Segment
 from flexpipe.schedule.simulate import Cost, Pairs
 from flexpipe.schedule.step import MicroBatch
 
+_MESSAGES = {LayerKind.RECEIVE: Kind.RECEIVE_HIDDEN, LayerKind.SEND: Kind.SEND_HIDDEN}
 _BESIDE = {Kind.READ_CACHE, Kind.LOAD_CACHE, Kind.STORE_CACHE, Kind.WRITE_CACHE}
 
 
@@ -127,7 +128,9 @@ def work_of(costs: CostModel, phase: Phase, demand: Demand) -> Work:
     a kind all rest on one tier."""
     batch = MicroBatch(0, ())
     costs.know(batch, _shape(costs.plan, phase, demand))
-    work = step_work(costs, [batch], times=len(costs.plan.micro_batches))
+    plan = costs.plan
+    times = len(plan.micro_batches)
+    work = step_work(costs, [batch], times=times, num_steps=plan.pipeline.num_blocks)
     work = work.disturbed(costs.profile.slowdown)
     work.seconds["path"] = _path_s(costs, batch)
     return work
@@ -136,28 +139,38 @@ def work_of(costs: CostModel, phase: Phase, demand: Demand) -> Work:
 def _path_s(costs: CostModel, batch: MicroBatch) -> float:
     """Seconds of one micro-batch's ops, which come one after the other but for the moves of its KV
     cache: with few micro-batches no lane is busy all the time."""
-    shape, seconds = costs.shape(batch), 0.0
+    plan, shape, seconds = costs.plan, costs.shape(batch), 0.0
     for layer, count in costs.alike:
-        for kind, segment in _kinds(costs.plan, layer, batch, shape):
+        for kind, segment in _kinds(plan, layer, batch, shape):
             if kind not in _BESIDE:
                 op = Op(0, kind, 0, layer.position, batch, (), segment=segment)
                 seconds += costs(op).seconds * count
-    return seconds
+    ends = (Op(0, kind, 0, 0, batch, ()) for kind in _end_kinds(plan, shape))
+    return seconds + sum(costs(op).seconds for op in ends)
 
 
-def step_work(costs: CostModel, batches: Sequence[MicroBatch], times: int = 1) -> Work:
-    """Seconds that a step keeps each lane and link busy; every micro-batch counts `times`."""
+def step_work(
+    costs: CostModel, batches: Sequence[MicroBatch], times: int = 1, num_steps: int = 1
+) -> Work:
+    """Seconds that a stage's steps keep each lane and link busy; every micro-batch counts `times`,
+    and what a step does once, `num_steps`."""
     plan, work, alike = costs.plan, Work(), costs.alike
     for layer, count in alike:
         for kind in _weight_kinds(plan, layer):
             op = Op(0, kind, 0, layer.position, None, ())
-            work.add(op.lane.value, costs(op), count)
+            work.add(op.lane.value, costs(op), count * num_steps)
+    for kind in _step_kinds(plan):
+        op = Op(0, kind, 0, 0, None, (), batches=tuple(batches))
+        work.add(op.lane.value, costs(op), num_steps)
     for batch in batches:
         shape = costs.shape(batch)
         for layer, count in alike:
             for kind, segment in _kinds(plan, layer, batch, shape):
                 op = Op(0, kind, 0, layer.position, batch, (), segment=segment)
                 work.add(op.lane.value, costs(op), count * times)
+        for kind in _end_kinds(plan, shape):
+            op = Op(0, kind, 0, 0, batch, ())
+            work.add(op.lane.value, costs(op), times)
     return work
 
 
@@ -210,13 +223,29 @@ def _weight_kinds(plan: Plan, layer: LayerPlan) -> Iterator[Kind]:
         yield Kind.LOAD_WEIGHT
 
 
+def _step_kinds(plan: Plan) -> Iterator[Kind]:
+    """Ops that a step has once: its tokens go from the last stage to the first."""
+    if plan.pipeline.is_cut:
+        if plan.has_head:
+            yield Kind.SEND_TOKENS
+        if plan.embeds:
+            yield Kind.RECEIVE_TOKENS
+
+
+def _end_kinds(plan: Plan, shape: Shape) -> Iterator[Kind]:
+    """Ops of a micro-batch behind its last layer."""
+    if plan.has_head and shape.num_sampled:
+        yield Kind.SAMPLE
+        yield Kind.FETCH_TOKENS
+    if plan.embeds:
+        yield Kind.COMMIT
+
+
 def _kinds(
     plan: Plan, layer: LayerPlan, batch: MicroBatch, shape: Shape
 ) -> Iterator[tuple[Kind, Segment | None]]:
     """Ops of a layer for a micro-batch, as `flexpipe.schedule.build` makes them."""
     if layer.kind == LayerKind.HEAD and not shape.num_sampled:
-        if layer is plan.layers[-1]:
-            yield Kind.COMMIT, None
         return
     if layer.kind == LayerKind.EMBED and plan.embed_streams:
         yield Kind.READ_EMBED, None
@@ -224,22 +253,41 @@ def _kinds(
             yield Kind.LOAD_EMBED, None
     for kind in _hidden_kinds(plan, layer, batch):
         yield kind, None
+    if layer.kind in _MESSAGES:
+        yield _MESSAGES[layer.kind], None
+        return
     apart = layer.has_kv_cache and shape.num_on_cpu > 0
     if layer.has_kv_cache:
         for kind in _cache_kinds(plan, shape):
             yield kind, None
+    is_split = plan.config.is_split
     if apart:
         for kind in (Kind.MOVE_QUERY, Kind.ATTEND_CPU, Kind.MOVE_OUTPUT):
             yield kind, None
         yield Kind.COMPUTE, Segment.QKV
         if any(shape.here.values()):
             yield Kind.COMPUTE, Segment.ATTEND
-        yield Kind.COMPUTE, Segment.OUT
-    else:
+        yield Kind.COMPUTE, Segment.PROJECT if is_split else Segment.OUT
+    elif is_split and layer.has_kv_cache:
+        yield Kind.COMPUTE, Segment.ATTENTION
+    elif not (is_split and layer.kind == LayerKind.MLP):
         yield Kind.COMPUTE, None
-    if layer is plan.layers[-1]:
-        for kind in (Kind.SAMPLE, Kind.FETCH_TOKENS, Kind.COMMIT):
-            yield kind, None
+    if is_split:
+        yield from _sum_kinds(plan, layer)
+
+
+def _sum_kinds(plan: Plan, layer: LayerPlan) -> Iterator[tuple[Kind, Segment | None]]:
+    """What follows the first part of a shard's layer."""
+    is_slice = layer.kind == LayerKind.HEAD and layer is not plan.layers[-1]
+    if layer.kind != LayerKind.MLP and not is_slice:
+        yield Kind.ALL_REDUCE, None
+    if layer.has_kv_cache and plan.config.post_norm:
+        yield Kind.COMPUTE, Segment.AFTER_ATTENTION
+    if Piece.MLP in layer.pieces:
+        yield Kind.COMPUTE, Segment.MLP
+        yield Kind.ALL_REDUCE, None
+        if plan.config.post_norm:
+            yield Kind.COMPUTE, Segment.AFTER_MLP
 
 
 def _hidden_kinds(plan: Plan, layer: LayerPlan, batch: MicroBatch) -> Iterator[Kind]:

@@ -1,40 +1,46 @@
-"""What a job will take on a machine: its steps, played by the simulator.
+"""What a job will take on a machine, or on several: its steps, played by the simulator.
 
-A job's steps follow from its requests (`flexpipe.schedule.places`), its ops from its steps, their
-costs from the machine. Short jobs are simulated whole. Of long ones the steps are counted with
-every so manieth request; every kind of step among them is priced as if its lanes overlapped
-perfectly, and for a few, unlike each other, the simulator tells how much longer they take. It
-plays those with few layers: twice in a row, with two numbers of layers, so that what a step and
-what a layer adds in the steady state are differences. Requests are taken to generate all the
-tokens they may.
+A job's steps follow from its requests (`flexpipe.policy.rehearsal`), its ops from its steps, their
+costs from the machines. Short jobs are simulated whole, all ranks together. Of long ones every kind
+of step is priced as if a stage's lanes overlapped perfectly, and for a few kinds, unlike each
+other, the simulator tells how much longer they take it alone (`flexpipe.policy.steady`); then the
+steps pass the stages (`flexpipe.policy.flow`). Requests are taken to generate all the tokens they
+may.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from flexpipe.plan.block import Need, longest_first
 from flexpipe.plan.hardware import Emulation
-from flexpipe.plan.layer import LayerPlan
 from flexpipe.plan.plan import Plan
 from flexpipe.plan.tier import Tier
 from flexpipe.policy.cost import CostModel
 from flexpipe.policy.estimate import Work, step_work
+from flexpipe.policy.flow import FloatArray, StepShape, flow
 from flexpipe.policy.profile import LINKS, Profile
-from flexpipe.schedule.build import schedule
-from flexpipe.schedule.op import Op
-from flexpipe.schedule.places import Counts, IntArray, Part, Places, phases
-from flexpipe.schedule.simulate import Simulated, SimulatedSpan, simulate
-from flexpipe.schedule.step import MicroBatch, Row
+from flexpipe.policy.rehearsal import Rehearsal, StepCounts, batches_of, row_of, unlike
+from flexpipe.policy.steady import Thinned, num_steps_played, steady_step
+from flexpipe.schedule.build import Steps, schedule
+from flexpipe.schedule.op import Lane, Op
+from flexpipe.schedule.places import Places, phases
+from flexpipe.schedule.relay import Relay
+from flexpipe.schedule.simulate import (
+    COMPUTING,
+    OnCommit,
+    RankOps,
+    Simulated,
+    SimulatedSpan,
+    simulate_ranks,
+)
+from flexpipe.schedule.step import MicroBatch
 
 DRAWN_OPS = 5_000  # a timeline of more is hard to read
-_GRAINS = (0.02, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)  # in powers of two of tokens
-FULL_BLOCKS = 4  # a job of more blocks than this is counted with every so manieth request
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,12 +63,40 @@ QUICK = Effort(exact_ops=3000, sampled_ops=3000, few=2, more=8, most_groups=40)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Assignment:
+    """A stage's plan, and what is known of the machine that runs it."""
+
+    plan: Plan
+    profile: Profile
+    emulation: Emulation | None = None
+
+    def costs(self, *, averaged: bool = False) -> CostModel:
+        return CostModel(self.plan, self.profile, self.emulation, averaged=averaged)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StagePrediction:
+    """What one rank has to do with a job, and how long it idles: `bubble` is the share of the job's
+    time in which it computes nothing."""
+
+    rank: int
+    num_layers: int
+    bound_s: float
+    bottleneck: str
+    busy_s: Mapping[str, float]  # of lanes and of links, by name, as if each were alone
+    link_bytes: Mapping[str, int]
+    tier_bytes: Mapping[str, int]
+    bubble: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
-    """A job's times and traffic, as the machine's profile has it.
+    """A job's times and traffic, as the machines' profiles have it.
 
     `bound_s` is what the busiest lane or link, `bottleneck`, would need alone for its work: no
     schedule of this plan is faster. `latency_s` is the mean time of a request from the step that
-    takes it to its last token. `num_simulated` ops were played.
+    takes it to its last token. `num_simulated` ops were played. Where there are several stages,
+    `busy_s` is of the one with the bottleneck, and bytes are of all.
     """
 
     load_s: float
@@ -78,7 +112,8 @@ class Prediction:
     link_bytes: Mapping[str, int]
     tier_bytes: Mapping[str, int]
     num_simulated: int
-    spans: Sequence[SimulatedSpan] = field(default=(), repr=False)
+    stages: Sequence[StagePrediction]
+    spans: Sequence[Sequence[SimulatedSpan]] = field(default=(), repr=False)  # by rank
 
     @property
     def run_s(self) -> float:
@@ -113,18 +148,30 @@ def predict(
     effort: Effort = THOROUGH,
     keep_spans: bool = False,
 ) -> Prediction:
-    """Play `needs` under `plan`; jobs beyond the effort are extrapolated.
+    """Play `needs` under the plan of a model in one stage."""
+    stage = Assignment(plan=plan, profile=profile, emulation=emulation)
+    return predict_stages([stage], needs, order=order, effort=effort, keep_spans=keep_spans)
+
+
+def predict_stages(
+    stages: Sequence[Assignment],
+    needs: Sequence[Need],
+    *,
+    order: Sequence[int] | None = None,
+    effort: Effort = THOROUGH,
+    keep_spans: bool = False,
+) -> Prediction:
+    """Play `needs` under the stages' plans, one per rank; jobs beyond the effort are extrapolated.
 
     Requests take places in `order`, the longest first if none is given.
     """
-    costs = CostModel(plan, profile, emulation)
     queue = _queue(needs, order)
-    rehearsal = _Rehearsal.of(plan, queue)
-    num_ops = _count_ops(plan, rehearsal)
+    rehearsal = Rehearsal.of(stages[0].plan, queue)
+    num_ops = sum(rehearsal.count_ops(stage.plan) for stage in stages)
     if num_ops <= effort.exact_ops:
-        return _whole(plan, queue, costs, keep_spans)
-    costs = CostModel(plan, profile, emulation, averaged=True)
-    return _extrapolated(plan, queue, costs, rehearsal, effort)
+        return _whole([stage.costs() for stage in stages], queue, keep_spans)
+    costs = [stage.costs(averaged=True) for stage in stages]
+    return _extrapolated(costs, queue, rehearsal, effort)
 
 
 def _queue(needs: Sequence[Need], order: Sequence[int] | None = None) -> list[Need]:
@@ -132,36 +179,33 @@ def _queue(needs: Sequence[Need], order: Sequence[int] | None = None) -> list[Ne
 
 
 def first_spans(
-    plan: Plan,
-    needs: Sequence[Need],
-    profile: Profile,
-    emulation: Emulation | None = None,
-    *,
-    num_steps: int | None = None,
-) -> list[SimulatedSpan]:
-    """What runs when in a job's first steps; without their number, in those that begin with the
-    first `DRAWN_OPS` ops."""
-    costs = CostModel(plan, profile, emulation)
-    player = _Player(plan, _queue(needs))
-    opening = _Opening(player.places, num_steps)
-    ops = opening.counted(schedule(plan, opening.steps))
-    return _play(ops, player, costs, keep_spans=True).spans
+    stages: Sequence[Assignment], needs: Sequence[Need], *, num_steps: int | None = None
+) -> list[list[SimulatedSpan]]:
+    """What runs when on each rank in a job's first steps; without their number, in those that begin
+    with the first `DRAWN_OPS` ops of rank 0."""
+    player = _Player(stages[0].plan, _queue(needs))
+    opening = _Opening(stages[0].plan, player, num_steps)
+    costs = [stage.costs() for stage in stages]
+    made = _play(costs, opening.steps, opening.commit, keep_spans=True, counted=opening.counted)
+    return [one.spans for one in made]
 
 
-def _whole(plan: Plan, needs: Sequence[Need], costs: CostModel, keep_spans: bool) -> Prediction:
-    player = _Player(plan, needs)
-    made = _play(schedule(plan, player.places.steps), player, costs, keep_spans)
+def _whole(costs: Sequence[CostModel], needs: Sequence[Need], keep_spans: bool) -> Prediction:
+    player = _Player(costs[0].plan, needs)
+    made = _play(costs, player.places.steps, player.commit, keep_spans=keep_spans)
     took = phases(player.places.counts, 0.0)
+    works = [_work_in(one) for one in made]
     return _prediction(
         costs,
         needs,
-        _work_in(made),
+        works,
+        [one.bubble for one in made],
         prefill_s=took.prefill_s,
         decode_s=took.decode_s,
         latency_s=float(np.mean(player.latencies_s)),
         num_steps=sum(count.rows > 0 for count in player.places.counts),
-        num_simulated=sum(made.num_ops.values()),
-        spans=made.spans,
+        num_simulated=sum(sum(one.num_ops.values()) for one in made),
+        spans=[one.spans for one in made],
     )
 
 
@@ -171,24 +215,38 @@ def _work_in(made: Simulated) -> Work:
     return Work(seconds, {name: float(count) for name, count in made.link_bytes.items()})
 
 
+Ops = Iterator[Op | None]
+
+
 def _play(
-    ops: Iterator[Op | None], player: _Player, costs: CostModel, keep_spans: bool
-) -> Simulated:
-    return simulate(
-        ops,
-        costs,
-        slowdown=costs.profile.slowdown,
-        hop_s=costs.profile.overhead("hop"),
-        on_commit=player.commit,
-        keep_spans=keep_spans,
-    )
+    costs: Sequence[CostModel],
+    steps: Steps,
+    on_commit: OnCommit,
+    *,
+    keep_spans: bool = False,
+    counted: Callable[[Ops], Ops] = lambda ops: ops,
+) -> list[Simulated]:
+    """All ranks' ops of the steps that rank 0 forms; `counted` passes those of rank 0 on."""
+    relay = Relay(steps, len(costs))
+    ops = [schedule(one.plan, known) for one, known in zip(costs, relay.steps, strict=True)]
+    ops[0] = counted(ops[0])
+    parts = [
+        RankOps(
+            ops=mine,
+            cost_of=one,
+            slowdown=one.profile.slowdown,
+            hop_s=one.profile.overhead("hop"),
+        )
+        for mine, one in zip(ops, costs, strict=True)
+    ]
+    return simulate_ranks(parts, on_commit=on_commit, keep_spans=keep_spans)
 
 
 class _Player:
     """Answers a simulation as the job would."""
 
     def __init__(self, plan: Plan, needs: Sequence[Need]) -> None:
-        self.places: Places[Need] = Places(plan, needs, self._seat, _row)
+        self.places: Places[Need] = Places(plan, needs, self._seat, row_of)
         self.latencies_s: list[float] = []
         self._left: dict[tuple[int, int], int] = {}
         self._since_s: dict[tuple[int, int], float] = {}
@@ -217,325 +275,225 @@ class _Opening:
     """A job's steps up to some number, or while there are few ops; these are played to their
     end."""
 
-    def __init__(self, places: Places[Need], num_steps: int | None) -> None:
-        self._places = places
+    def __init__(self, plan: Plan, player: _Player, num_steps: int | None) -> None:
+        self._blocks = plan.blocks
+        self._player = player
         self._num_steps = num_steps
         self._num_ops = 0
+        self._in_flight: set[int] = set()
 
     def counted(self, ops: Iterator[Op | None]) -> Iterator[Op | None]:
         for op in ops:
             self._num_ops += op is not None
             yield op
 
+    def commit(self, batch: MicroBatch, now_s: float) -> None:
+        self._in_flight.discard(batch.index)
+        self._player.commit(batch, now_s)
+
     def steps(self, index: int) -> Iterator[MicroBatch | None] | None:
         if index == 0 or self._goes_on(index):
-            return self._places.steps(index)
-        return self._rest() if self._places.is_busy else None
+            formed = self._player.places.steps(index)
+            return None if formed is None else self._passed_on(formed)
+        return self._rest(self._blocks[index % len(self._blocks)]) if self._in_flight else None
 
     def _goes_on(self, index: int) -> bool:
         if self._num_steps is None:
             return self._num_ops < DRAWN_OPS
         return index < self._num_steps
 
-    def _rest(self) -> Iterator[None]:
-        while self._places.is_busy:
+    def _passed_on(self, formed: Iterator[MicroBatch | None]) -> Iterator[MicroBatch | None]:
+        for batch in formed:
+            if batch is not None:
+                self._in_flight.add(batch.index)
+            yield batch
+
+    def _rest(self, block: Iterable[int]) -> Iterator[None]:
+        while self._in_flight.intersection(block):
             yield None
 
 
-def _row(mb: int, part: Part) -> Row:
-    return Row(0, part.place, part.num_context, range(part.num_new), part.sampled)
-
-
-@dataclass(slots=True)
-class _Rehearsal:
-    """A job's steps as counts: what each micro-batch computes, and how often a step like it comes.
-
-    `stays` are the first and last step of each request.
-    """
-
-    steps: list[dict[int, Counts]]
-    weights: list[float]
-    stays: list[tuple[int, int]]
-
-    @classmethod
-    def of(cls, plan: Plan, needs: Sequence[Need]) -> _Rehearsal:
-        """Of all requests, or of every so manieth: then steps of the steady state, in which rows
-        leave and others wait, stand for so many more as make the tokens right."""
-        num_places = sum(mb.num_places for mb in plan.micro_batches)
-        every = max(1, len(needs) // (FULL_BLOCKS * num_places))
-        made = _Rehearse(plan, needs[::every]).run()
-        made._stretch(sum(need.output for need in needs))
-        return made
-
-    def _stretch(self, num_tokens: int) -> None:
-        """Weigh the steady steps so that all steps together sample `num_tokens`."""
-        sampled = np.array([sum(p.sampled.sum() for p in s.values()) for s in self.steps])
-        steady = np.array(self.weights) == 0
-        rest = float(sampled[~steady].sum())
-        factor = (num_tokens - rest) / max(1.0, float(sampled[steady].sum()))
-        self.weights = np.where(steady, factor, 1.0).tolist()
-
-
-class _Rehearse:
-    """Goes through a job's steps without costs; every micro-batch comes back at once. What is
-    steady has the weight 0."""
-
-    def __init__(self, plan: Plan, needs: Sequence[Need]) -> None:
-        self._left = [np.zeros(mb.num_places, np.int64) for mb in plan.micro_batches]
-        self._since = [np.zeros(mb.num_places, np.int64) for mb in plan.micro_batches]
-        self._places: Places[Need] = Places(plan, needs, self._seat, _row)
-        self._made = _Rehearsal([], [], [])
-
-    def run(self) -> _Rehearsal:
-        made = self._made
-        while not self._places.is_done:
-            is_steady = bool(made.stays) and not self._places.is_tail
-            step: dict[int, Counts] = {}
-            for mb in range(len(self._left)):
-                parts = self._places.form(mb)
-                if parts is not None:
-                    step[mb] = parts
-                    self._take(mb, parts)
-            made.steps.append(step)
-            made.weights.append(0.0 if is_steady else 1.0)
-        return made
-
-    def _take(self, mb: int, parts: Counts) -> None:
-        self._places.advance(mb, parts)
-        sampled = parts.place[parts.sampled]
-        left = self._left[mb]
-        left[sampled] -= 1
-        ended = sampled[left[sampled] == 0]
-        self._places.go_on(mb, sampled)
-        if len(ended):
-            self._places.leave(mb, ended)
-            now = len(self._made.steps)
-            self._made.stays += [(int(first), now) for first in self._since[mb][ended]]
-
-    def _seat(self, mb: int, place: int, need: Need) -> int:
-        self._left[mb][place], self._since[mb][place] = need.output, len(self._made.steps)
-        return need.prompt
-
-
-def _count_ops(plan: Plan, rehearsal: _Rehearsal) -> float:
-    """About how many ops the job has."""
-    batches = sum(
-        weight * len(step) for step, weight in zip(rehearsal.steps, rehearsal.weights, strict=True)
-    )
-    per_layer = 1 + 2 * any(plan.slot_places(mb) for mb in plan.micro_batches)
-    per_layer += 2 * any(mb.hidden_home != plan.device_tier for mb in plan.micro_batches)
-    streams = 2 * len(plan.streamed_layers) * len(rehearsal.steps)
-    return batches * (per_layer * len(plan.layers) + 3) + streams
-
-
 def _prediction(
-    costs: CostModel,
+    costs: Sequence[CostModel],
     needs: Sequence[Need],
-    work: Work,
+    works: Sequence[Work],
+    bubbles: Sequence[float],
     *,
     prefill_s: float,
     decode_s: float,
     latency_s: float,
     num_steps: int,
     num_simulated: int,
-    spans: Sequence[SimulatedSpan] = (),
+    spans: Sequence[Sequence[SimulatedSpan]] = (),
 ) -> Prediction:
-    plan = costs.plan
+    parts = zip(costs, works, bubbles, strict=True)
+    stages = [_stage(rank, *part) for rank, part in enumerate(parts)]
+    slowest = max(stages, key=lambda stage: stage.bound_s)
+    where = f" of stage {slowest.rank}" if len(stages) > 1 else ""
     return Prediction(
-        load_s=costs.load_s,
+        load_s=max(one.load_s for one in costs),
         prefill_s=prefill_s,
         decode_s=decode_s,
         latency_s=latency_s,
         prompt_tokens=sum(need.prompt for need in needs),
         generated_tokens=sum(need.output for need in needs),
         num_steps=num_steps,
+        bound_s=slowest.bound_s,
+        bottleneck=slowest.bottleneck + where,
+        busy_s=slowest.busy_s,
+        link_bytes=_summed(stage.link_bytes for stage in stages),
+        tier_bytes=_summed(stage.tier_bytes for stage in stages),
+        num_simulated=num_simulated,
+        stages=stages,
+        spans=spans,
+    )
+
+
+def _stage(rank: int, costs: CostModel, work: Work, bubble: float) -> StagePrediction:
+    plan = costs.plan
+    return StagePrediction(
+        rank=rank,
+        num_layers=plan.num_decoder_layers,
         bound_s=work.bound_s,
         bottleneck=work.bottleneck,
         busy_s=dict(work.seconds),
         link_bytes={name: round(num_bytes) for name, num_bytes in work.num_bytes.items()},
         tier_bytes={tier.value: plan.tier_bytes(tier) for tier in Tier if plan.tier_bytes(tier)},
-        num_simulated=num_simulated,
-        spans=spans,
+        bubble=bubble,
     )
+
+
+def _summed(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    return dict(sum(map(Counter, counts), Counter[str]()))
 
 
 def _extrapolated(
-    plan: Plan,
-    needs: Sequence[Need],
-    costs: CostModel,
-    rehearsal: _Rehearsal,
-    effort: Effort,
+    costs: Sequence[CostModel], needs: Sequence[Need], rehearsal: Rehearsal, effort: Effort
 ) -> Prediction:
-    thin = _thinned(plan, effort.few, effort.more)
-    groups, group_of = _groups(rehearsal, effort.most_groups)
+    kinds, kind_of = rehearsal.kinds(effort.most_groups)
+    typical = [rehearsal.steps[index] for index in kinds]
+    stages = _Stages(costs, typical, rehearsal, effort)
+    seconds = np.array([one.seconds for one in stages.of_ranks])[:, kind_of]
     weights = np.array(rehearsal.weights)
-    samples, nearest = _representatives(thin, rehearsal, groups, effort)
-    scripts = [_batches(rehearsal.steps[index]) for index in groups]
-    works = [step_work(costs, list(script.values())) for script in scripts]
-    bounds = np.array([work.bound_s for work in works])
-    total = Work()
-    for group, work in enumerate(works):
-        total.add_all(work, float(weights[group_of == group].sum()))
-    steady = [_steady(plan, thin, costs, scripts[sample]) for sample in samples]
-    ratios = np.array([one.seconds for one in steady]) / bounds[samples]
-    ratios = np.maximum(ratios, 1.0)  # the layers played may stream less than those they stand for
-    per_group = bounds * ratios[nearest]
-    took = per_group[group_of]
+    plan = costs[0].plan
+    shapes = [StepShape(_block_of(plan, step), len(step)) for step in rehearsal.steps]
+    went = flow(
+        plan.pipeline,
+        shapes,
+        seconds,
+        stages.message_s[kind_of],
+        stages.return_s[kind_of],
+        drains=plan.policy.strategy != "event",
+    )
+    took_s = went.took_s if len(costs) > 1 else seconds[0]
+    stays_s = [went.ends_s[last] - went.begins_s[first] for first, last in rehearsal.stays]
     prefills = np.array([any(not p.decodes.all() for p in s.values()) for s in rehearsal.steps])
-    ends = np.concatenate([[0.0], np.cumsum(took)])
-    stays = [ends[last + 1] - ends[first] for first, last in rehearsal.stays]
+    prefill_s = float((took_s * weights)[prefills].sum())
+    decode_s = float((took_s * weights)[~prefills].sum())
+    often = np.bincount(kind_of, weights).astype(np.float64)
+    totals = [one.total(often) for one in stages.of_ranks]
     return _prediction(
         costs,
         needs,
-        total,
-        prefill_s=float((took * weights)[prefills].sum()),
-        decode_s=float((took * weights)[~prefills].sum()),
-        latency_s=float(np.mean(stays)),
+        totals,
+        [1 - float(one.active_s @ often) / (prefill_s + decode_s) for one in stages.of_ranks],
+        prefill_s=prefill_s,
+        decode_s=decode_s,
+        latency_s=float(np.mean(stays_s)),
         num_steps=round(weights.sum()),
-        num_simulated=sum(one.num_ops for one in steady),
+        num_simulated=stages.num_simulated,
     )
 
 
-def _groups(rehearsal: _Rehearsal, most: int) -> tuple[IntArray, IntArray]:
-    """Steps almost alike: of each kind the most typical one, and for every step its kind."""
-    features = np.array([_features(step) for step in rehearsal.steps])
-    for grain in _GRAINS:
-        kinds, group_of = np.unique(np.round(features / grain), axis=0, return_inverse=True)
-        group_of = group_of.reshape(-1)
-        if len(kinds) <= most:
-            break
-    typical = []
-    for group in range(len(kinds)):
-        members = np.flatnonzero(group_of == group)
-        tokens = 2.0 ** features[members]  # what a step costs is linear in tokens
-        gaps = np.abs(tokens / tokens.mean(0) - 1).sum(1)
-        typical.append(members[gaps.argmin()])
-    return np.array(typical), group_of
+def _block_of(plan: Plan, step: Mapping[int, object]) -> int:
+    """Whose step it is."""
+    first = next(iter(step))
+    return next(index for index, block in enumerate(plan.blocks) if first in block)
 
 
-def _representatives(
-    thin: Sequence[Plan], rehearsal: _Rehearsal, groups: IntArray, effort: Effort
-) -> tuple[list[int], IntArray]:
-    """Groups unlike each other, and for every group the one among them that is most like it."""
-    features = np.array([_features(rehearsal.steps[index]) for index in groups])
-    num_ops = sum(_count_ops(plan, rehearsal) for plan in thin)
-    per_step = max(1.0, 2 * num_ops / sum(rehearsal.weights))
-    count = int(np.clip(effort.sampled_ops / per_step, effort.least, effort.most))
-    chosen = [0]
-    distance = _distances(features, chosen[0])
-    while len(chosen) < min(count, len(features)):
-        chosen.append(int(distance.argmax()))
-        distance = np.minimum(distance, _distances(features, chosen[-1]))
-    to_each = np.stack([_distances(features, index) for index in chosen])
-    return chosen, to_each.argmin(0)
+@dataclass(frozen=True, slots=True)
+class _StageTimes:
+    """What a stage has to do in each kind of step, how long that takes it alone, and in how much of
+    that time it computes."""
+
+    works: Sequence[Work]
+    seconds: FloatArray
+    active_s: FloatArray
+
+    def total(self, often: FloatArray) -> Work:
+        """All its work, where kinds come so often."""
+        total = Work()
+        for work, times in zip(self.works, often, strict=True):
+            total.add_all(work, float(times))
+        return total
 
 
-def _features(step: Mapping[int, Counts]) -> tuple[float, ...]:
-    """On logarithmic axes: new tokens, keys that decoding rows see, and rows that are sampled."""
-    new = sum(int(parts.num_new.sum()) for parts in step.values())
-    seen = sum(int(parts.num_context.sum()) for parts in step.values())
-    sampled = sum(int(parts.sampled.sum()) for parts in step.values())
-    return float(np.log2(1 + new)), float(np.log2(64 + seen)), float(np.log2(1 + sampled))
+class _Stages:
+    """The stages' times in each kind of step; those of stages alike are found once.
+
+    The price with perfect overlap is exact. How much longer a step takes is found by playing a few
+    that are unlike, and taken for those most like them.
+    """
+
+    def __init__(
+        self,
+        costs: Sequence[CostModel],
+        typical: Sequence[StepCounts],
+        rehearsal: Rehearsal,
+        effort: Effort,
+    ) -> None:
+        self.num_simulated = 0
+        self._hop_s = costs[0].profile.overhead("hop")
+        self._scripts = [batches_of(step) for step in typical]
+        first_like = [next(other for other in costs if _alike(one, other)) for one in costs]
+        different = {id(one): one for one in first_like}
+        thin = {
+            key: Thinned.of(one.plan, effort.few, effort.more) for key, one in different.items()
+        }
+        played = sum(rehearsal.count_ops(plan) for both in thin.values() for plan in both)
+        per_step = num_steps_played(costs[0].plan) * played / sum(rehearsal.weights)
+        count = int(np.clip(effort.sampled_ops / max(1.0, per_step), effort.least, effort.most))
+        self._samples, self._nearest = unlike(typical, count)
+        found = {key: self._times(one, thin[key]) for key, one in different.items()}
+        self.of_ranks = [found[id(one)] for one in first_like]
+
+    def _times(self, costs: CostModel, thin: Thinned) -> _StageTimes:
+        works = [step_work(costs, list(script.values())) for script in self._scripts]
+        bounds = np.array([work.bound_s for work in works])
+        steady = [steady_step(costs, thin, self._scripts[sample]) for sample in self._samples]
+        self.num_simulated += sum(one.num_ops for one in steady)
+        ratios = np.array([one.seconds for one in steady]) / bounds[self._samples]
+        ratios = np.maximum(ratios, 1.0)  # layers played may stream less than those they stand for
+        alone_s = [max(work.seconds[lane.value] for lane in COMPUTING) for work in works]
+        stretch = np.array([one.stretch for one in steady])
+        active_s = np.array(alone_s) * stretch[self._nearest]
+        return _StageTimes(works, bounds * ratios[self._nearest], active_s)
+
+    @property
+    def message_s(self) -> FloatArray:
+        """What one micro-batch's hidden takes from the first stage to the next, by kind: onto the
+        sender's lane, over, and onto the receiver's next one."""
+        sent = [work.seconds[Lane.SEND.value] for work in self.of_ranks[0].works]
+        return np.array(sent) / [len(script) for script in self._scripts] + 2 * self._hop_s
+
+    @property
+    def return_s(self) -> FloatArray:
+        """What a step's tokens take from the last stage to the step that follows, by kind: the same
+        way, then COMMIT after COMMIT. A stage that is alone has that in its own times."""
+        if len(self.of_ranks) == 1:
+            return np.zeros(len(self._scripts))
+        first = [work.seconds for work in self.of_ranks[0].works]
+        back = [one[Lane.RECEIVE.value] + one[Lane.HOST.value] for one in first]
+        return np.array(back) + 3 * self._hop_s
 
 
-def _distances(features: np.ndarray[tuple[int, int], np.dtype[np.float64]], index: int) -> IntArray:
-    gaps: IntArray = np.abs(features - features[index]).sum(1)
-    return gaps
-
-
-class _Steady(NamedTuple):
-    """What one step adds in the steady state, and the ops that were played to know."""
-
-    seconds: float
-    num_ops: int
-
-
-def _steady(
-    plan: Plan, thin: tuple[Plan, Plan], costs: CostModel, step: Mapping[int, MicroBatch]
-) -> _Steady:
-    """One more step like those before it, of all layers."""
-    few, more = (_again(one, costs, step) for one in thin)
-    num_few, num_more = map(_num_decoders, thin)
-    if num_more == num_few:
-        return more
-    factor = (_num_decoders(plan) - num_more) / (num_more - num_few)
-    seconds = more.seconds + factor * (more.seconds - few.seconds)
-    return _Steady(seconds, few.num_ops + more.num_ops)
-
-
-def _again(plan: Plan, costs: CostModel, step: Mapping[int, MicroBatch]) -> _Steady:
-    """What the second of two equal steps takes."""
-    script = _Script(step)
-    made = simulate(
-        schedule(plan, script.steps),
-        CostModel(plan, costs.profile, costs.emulation, averaged=True),
-        slowdown=costs.profile.slowdown,
-        hop_s=costs.profile.overhead("hop"),
-        on_commit=script.commit,
+def _alike(one: CostModel, other: CostModel) -> bool:
+    """Whether two stages take the same for every step."""
+    if one is other:
+        return True
+    ours, theirs = one.plan, other.plan
+    return (
+        (ours.policy, ours.embeds, ours.has_head) == (theirs.policy, theirs.embeds, theirs.has_head)
+        and (one.profile, one.emulation) == (other.profile, other.emulation)
+        and [la.likeness for la in ours.layers] == [la.likeness for la in theirs.layers]
     )
-    return _Steady(script.ends_s[1] - script.ends_s[0], sum(made.num_ops.values()))
-
-
-def _batches(step: Mapping[int, Counts]) -> dict[int, MicroBatch]:
-    return {
-        mb: MicroBatch(mb, tuple(map(partial(_row, mb), parts.parts))) for mb, parts in step.items()
-    }
-
-
-class _Script:
-    """The same step twice."""
-
-    def __init__(self, step: Mapping[int, MicroBatch]) -> None:
-        self.ends_s = [0.0, 0.0]
-        # equal, but not the same: what is known of a micro-batch is kept per object
-        self._batches = [step, {mb: MicroBatch(mb, batch.rows) for mb, batch in step.items()}]
-        self._in_flight: dict[int, int] = {}
-
-    def steps(self, index: int) -> Iterator[MicroBatch | None] | None:
-        if index >= len(self._batches) and not self._in_flight:
-            return None
-        return self._step(index)
-
-    def commit(self, batch: MicroBatch, now_s: float) -> None:
-        self.ends_s[self._in_flight.pop(batch.index)] = now_s
-
-    def _step(self, index: int) -> Iterator[MicroBatch | None]:
-        for mb in self._batches[0]:
-            while mb in self._in_flight:
-                yield None
-            if index < len(self._batches):
-                self._in_flight[mb] = index
-                yield self._batches[index][mb]
-
-
-def _num_decoders(plan: Plan) -> int:
-    return len({layer.layer for layer in plan.layers if layer.layer is not None})
-
-
-def _thinned(plan: Plan, few: int, more: int) -> tuple[Plan, Plan]:
-    """The plan with so many decoder layers, next to each other, and with some more behind them:
-    those whose homes are most like those of all, since they stand for the rest."""
-    decoders = _num_decoders(plan)
-    if decoders <= more:
-        return plan, plan
-    streamed = np.zeros((decoders, 2))
-    for layer in plan.layers:
-        if layer.layer is not None:
-            streamed[layer.layer] += layer.streamed.pack_bytes, layer.streamed.read_bytes
-    sums = np.concatenate([np.zeros((1, 2)), np.cumsum(streamed, 0)])
-    added = sums[more:] - sums[few : few + len(sums) - more]
-    first = int(np.abs(added - (more - few) * streamed.mean(0)).sum(1).argmin())
-    return _some(plan, first, few), _some(plan, first, more)
-
-
-def _some(plan: Plan, first: int, count: int) -> Plan:
-    kept = [
-        layer
-        for layer in plan.layers
-        if layer.layer is None or first <= layer.layer < first + count
-    ]
-    return replace(plan, layers=tuple(_moved(layer, i) for i, layer in enumerate(kept)))
-
-
-def _moved(layer: LayerPlan, position: int) -> LayerPlan:
-    return replace(layer, position=position)

@@ -35,7 +35,7 @@ from flexpipe.units import (
 PROFILES = Path("~/.cache/flexpipe/profiles")  # the measured ones, a file per machine
 PROFILE_VARIABLE = "FLEXPIPE_PROFILE"  # names the one to use instead
 
-LINKS = ("h2d", "d2h", "disk_read", "disk_write")
+LINKS = ("h2d", "d2h", "disk_read", "disk_write", "comm")  # the last one to another rank
 ACTIVITIES = ("compute", "attend", "copy", "disk_read", "disk_write")
 OVERHEADS = (
     "layer",  # a decoder layer's compute op, beside its work
@@ -84,7 +84,8 @@ class Rates:
 class Profile:
     """A machine: memory it can give, links, rates of the device and of the CPU beside it.
 
-    `links` are bytes per second by the bytes moved at once, as the engine moves them. `details`
+    `links` are bytes per second by the bytes moved at once, as the engine moves them; `comm` is
+    what a message to another rank gets, its start included, and may be missing. `details`
     are further measurements for people (buffered reads, other depths), which the cost model
     does not read but for `h2d_pageable` and `d2h_pageable`, where host memory is not page-
     locked. `slowdown["compute", "disk_read"]` is how much longer compute takes while the disk

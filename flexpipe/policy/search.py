@@ -22,21 +22,18 @@ from math import inf
 from typing import Any
 
 from flexpipe.errors import PolicyError
-from flexpipe.model.config import DTYPE_BYTES
 from flexpipe.plan.block import Need
 from flexpipe.plan.plan import Budgets, Plan, Planner
-from flexpipe.plan.policy import Policy, Shares
+from flexpipe.plan.policy import Policy
 from flexpipe.plan.rule import choose_plan
 from flexpipe.plan.tier import Tier
-from flexpipe.policy.estimate import Demand
+from flexpipe.policy.choices import TRAVELS, Choice, Choices
 from flexpipe.policy.predict import QUICK, Prediction, predict
 from flexpipe.policy.shares import (
     KINDS,
     Machine,
     MakePlan,
     SharesProgramme,
-    Solution,
-    Travels,
     all_on,
     home_bytes,
     realize,
@@ -44,19 +41,15 @@ from flexpipe.policy.shares import (
 )
 from flexpipe.units import GIB
 
-SIZES = (256, 128, 64, 32, 16, 8, 4, 2, 1)
-COUNTS = (1, 2, 4, 8)
-TOKENS = 2048
 OTHER_TOKENS = (128, 512, 8192)  # tried for the best choices only
 MOST_REPLAYS = 6
 MOST_REFUSED = 20  # plans that break a limit
 MOST_REFINED = 2
 MOST_VARIED = 2
-_OPTIMISM = 1.05  # an estimate may be this much too high and yet belong to the best plan
+OPTIMISM = 1.05  # an estimate may be this much too high and yet belong to the best plan
 _FILL_STEPS = 5
 _ALIKE = 0.98  # times closer than this are the same
 _COMPRESSIONS = ("none", "8", "4")
-TRAVELS: tuple[Travels, ...] = ((False, False), (False, True), (True, False), (True, True))
 
 log = logging.getLogger("flexpipe")
 
@@ -108,18 +101,6 @@ class Found:
     num_choices: int
     wishes: Mapping[str, float] = field(default_factory=dict)
     lossy: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class _Choice:
-    """Knobs but for the shares, the shares, and the estimated seconds."""
-
-    knobs: Mapping[str, Any]
-    solution: Solution
-
-    @property
-    def rows(self) -> int:
-        return int(self.knobs["micro_batch_size"] * self.knobs["num_micro_batches"])
 
 
 def search(
@@ -175,22 +156,27 @@ class _Search:
         self._needs = needs
         self._machine = machine
         self._limits = limits
-        self._demand = Demand.of(needs)
-        self._fixed = {name: given[name] for name in KINDS if name in given}
-        self._programmes: dict[object, SharesProgramme] = {}
+        self._choices = Choices(
+            given,
+            planner,
+            needs,
+            machine,
+            max_latency_s=limits.max_latency_s,
+            max_disk_writes=limits.max_disk_writes,
+        )
         self._scored: dict[Policy, Scored | None] = {}
         self._refused: list[tuple[Scored, str]] = []
-        self._num_choices = 0
         self._estimate_s: float | None = None  # of the best plan's choice
 
     def run(self, explain: bool) -> Found:
-        self._replay(self._estimated(self._knobs()))
+        choices = self._choices
+        self._replay(choices.estimated(choices.knobs()))
         self._by_rule()
-        naive = {} if self._is_given else self._naive()
-        if not self._is_given:
+        naive = {} if choices.is_given else self._naive()
+        if not choices.is_given:
             self._refine()
         best = self._best()
-        if best is not None and not self._is_given:
+        if best is not None and not choices.is_given:
             best = self._filled(best)
         others = sorted(
             (one for one in self._scored.values() if one is not None and one is not best),
@@ -201,113 +187,22 @@ class _Search:
             others=others,
             naive=naive,
             refused=self._refused,
-            num_choices=self._num_choices,
+            num_choices=choices.num_choices,
         )
         if best is None or not explain:
             return found
         return replace(found, wishes=self._wishes(best), lossy=self._lossy(best))
 
-    @property
-    def _is_given(self) -> bool:
-        """Whether nothing is left to choose that an estimate could tell apart."""
-        shape = {"micro_batch_size", "num_micro_batches", "weights", "kv_cache", "hidden"}
-        return shape <= self._given.keys()
-
-    # choices and their estimates
-
-    def _knobs(self) -> Iterator[dict[str, Any]]:
-        """Every combination of the discrete choices that are free."""
-        given, machine = self._given, self._machine
-        on_accelerator = machine.device_tier == Tier.GPU
-        hidden = machine.tiers[:2] if on_accelerator else machine.tiers[:1]
-        free: dict[str, Sequence[Any]] = {
-            "hidden": [all_on(tier) for tier in hidden],
-            "cpu_attention": (False, True) if on_accelerator else (False,),
-            "resident_dtype": ("compute", "checkpoint") if self._dtypes_differ else ("compute",),
-        }
-        names = [name for name in free if name not in given]
-        for size, count in self._shapes():
-            for values in product(*(free[name] for name in names)):
-                chosen = dict(zip(names, values, strict=True))
-                shape = {"micro_batch_size": size, "num_micro_batches": count}
-                tokens = {"max_batch_tokens": max(TOKENS, size)}
-                yield {**tokens, **chosen, **shape, **given}
-
-    def _shapes(self) -> Iterator[tuple[int, int]]:
-        given, rows = self._given, len(self._needs)
-        most = given.get("max_batch_tokens")
-        enough = min((size for size in SIZES if size >= rows), default=SIZES[0])
-        sizes = [given["micro_batch_size"]] if "micro_batch_size" in given else SIZES
-        counts = [given["num_micro_batches"]] if "num_micro_batches" in given else COUNTS
-        for size, count in product(sizes, counts):
-            fits = len(sizes) == 1 or (size <= enough and (most is None or size <= most))
-            needed = len(counts) == 1 or count == 1 or size * (count // 2) < rows
-            if fits and needed:
-                yield size, count
-
-    @property
-    def _dtypes_differ(self) -> bool:
-        """Whether weights are smaller in the checkpoint's dtype than in the compute dtype."""
-        config, compute = self._planner.config, self._planner.compute_dtype
-        return DTYPE_BYTES[config.dtype] < DTYPE_BYTES[compute]
-
-    def _estimated(self, all_knobs: Iterator[dict[str, Any]]) -> list[_Choice]:
-        """All choices that may fit, quickest first by estimate."""
-        choices = [choice for knobs in all_knobs for choice in self._solved(knobs, self._fixed)]
-        self._num_choices += len(choices)
-        return sorted(choices, key=self._promise)
-
-    def _promise(self, choice: _Choice) -> tuple[bool, float]:
-        """What may keep the limits comes first, and of that the quickest."""
-        most_s = self._limits.max_latency_s
-        return most_s is not None and choice.solution.latency_s > most_s, choice.solution.seconds
-
-    def _solved(self, knobs: Mapping[str, Any], fixed: Mapping[str, Shares]) -> Iterator[_Choice]:
-        """With weights, and KV cache, all at home beside the device or travelling."""
-        programme = self._programme(knobs)
-        device = all_on(self._device)
-        for travels in TRAVELS:
-            pairs = zip(KINDS, travels, strict=True)
-            if any(kind in fixed and (fixed[kind] != device) != moves for kind, moves in pairs):
-                continue
-            if knobs["cpu_attention"] and "cpu_attention" not in self._given and not travels[1]:
-                continue  # the same as without
-            try:
-                solution = programme.solve(fixed, travels=travels)
-            except PolicyError:  # no whole tensor meets a given share, or the profile lacks a rate
-                if self._is_given:
-                    raise
-                continue
-            if solution is not None:
-                yield _Choice(knobs, solution)
-                if not any(travels):
-                    return  # nothing that moves is faster than what rests
-
-    def _programme(self, knobs: Mapping[str, Any]) -> SharesProgramme:
-        """That of these knobs, whose shares do not count; each is made once."""
-        key = frozenset((name, value) for name, value in knobs.items() if name not in KINDS)
-        if key not in self._programmes:
-            how = self._planner, self._machine, self._demand, knobs, self._most_written
-            self._programmes[key] = SharesProgramme(*how)
-        return self._programmes[key]
-
-    @property
-    def _most_written(self) -> float:
-        """Bytes that all tokens together may send to disk."""
-        per_1000 = self._limits.max_disk_writes
-        tokens = self._demand.num_requests * self._demand.output
-        return inf if per_1000 is None else per_1000 * tokens / 1000
-
     # plans and their predictions
 
-    def _replay(self, choices: Sequence[_Choice]) -> None:
+    def _replay(self, choices: Sequence[Choice]) -> None:
         """Play the first few choices, while an estimate can win."""
         num_played, most_refused = 0, len(self._refused) + MOST_REFUSED
         for choice in choices:
             fastest = min((scored.run_s for scored in self._kept()), default=inf)
             if num_played == MOST_REPLAYS or len(self._refused) == most_refused:
                 break
-            if choice.solution.seconds <= _OPTIMISM * fastest:
+            if choice.solution.seconds <= OPTIMISM * fastest:
                 num_played += self._play(choice) is not None
 
     def _kept(self) -> list[Scored]:
@@ -322,7 +217,7 @@ class _Search:
         alike = (scored for scored in kept if _ALIKE * scored.run_s <= fastest)
         return min(alike, key=self._moved_s, default=None)
 
-    def _play(self, choice: _Choice) -> Scored | None:
+    def _play(self, choice: Choice) -> Scored | None:
         tiers = self._machine.tiers
         plan = realize(self._planner, choice.knobs, choice.solution, tiers)
         return None if plan is None else self._score(self._plain(plan))
@@ -392,11 +287,11 @@ class _Search:
         others = {"cpu_attention": False, **{k: v for k, v in asked.items() if k not in fixed}}
         choices = [
             choice
-            for knobs in self._knobs()
+            for knobs in self._choices.knobs()
             if all(knobs[name] == value for name, value in others.items())
-            for choice in self._solved({**knobs, **fixed}, fixed)
+            for choice in self._choices.solved({**knobs, **fixed}, fixed)
         ]
-        for choice in sorted(choices, key=self._promise)[:MOST_REFUSED]:
+        for choice in sorted(choices, key=self._choices.promise)[:MOST_REFUSED]:
             scored = self._play(choice)
             if scored is not None:
                 return scored
@@ -411,11 +306,11 @@ class _Search:
             before = self._best()
             if before is None:
                 return
-            self._replay(self._estimated(self._near(before.plan.policy)))
+            self._replay(self._choices.estimated(self._near(before.plan.policy)))
             for scored in self._fastest(MOST_VARIED):
                 knobs = _without_shares(scored.plan.policy)
                 for change in self._changes(scored.plan.policy):
-                    self._replay(self._estimated(iter([{**knobs, **change}]))[:1])
+                    self._replay(self._choices.estimated(iter([{**knobs, **change}]))[:1])
             if self._best() is before:
                 return
 
@@ -571,11 +466,11 @@ class _Search:
         return self._estimate_s / after if self._estimate_s and after else None
 
     def _quickest(self, make: MakePlan, machine: Machine, knobs: Mapping[str, Any]) -> float | None:
-        programme = SharesProgramme(make, machine, self._demand, knobs)
+        programme = SharesProgramme(make, machine, self._choices.demand, knobs)
         seconds = []
         for travels in TRAVELS:
             try:
-                solution = programme.solve(self._fixed, travels=travels)
+                solution = programme.solve(self._choices.fixed, travels=travels)
             except PolicyError:
                 continue
             if solution is not None:

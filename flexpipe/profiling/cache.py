@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from flexpipe.errors import FlexpipeError, PolicyError
+from flexpipe.memory.offload import file_lock
 from flexpipe.plan.mount import mount_point
 from flexpipe.plan.policy_file import write_whole
 from flexpipe.policy.profile import (
@@ -67,6 +68,22 @@ def machine_profile(
     measure = measure or Measure()
     dtypes = tuple(dtypes) or worthwhile_dtypes(measured_device(device).torch_device)
     path = profile_path(device, offload_dir)
+    offload_dir.mkdir(parents=True, exist_ok=True)
+    with file_lock(offload_dir / "profile.lock"):  # ranks of one host must not measure each other
+        return _measured(path, device, offload_dir, dtypes, refresh, quick, progress, measure)
+
+
+def _measured(
+    path: Path,
+    device: str,
+    offload_dir: Path,
+    dtypes: Sequence[str],
+    refresh: bool,
+    quick: bool,
+    progress: Tell,
+    measure: Measure,
+) -> Profile:
+    """The profile at `path`, which this process alone may measure now."""
     known = _read(path)
     if known is not None and not refresh and (quick or not known.quick):
         return _completed(known, path, device, dtypes, progress, measure)

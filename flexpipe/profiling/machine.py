@@ -35,6 +35,7 @@ from flexpipe.policy.profile import OVERHEADS, Profile, Rates
 from flexpipe.profiling.attention import PAIR_BYTES, AttentionTasks
 from flexpipe.profiling.effort import FULL, QUICK, Effort
 from flexpipe.profiling.links import DiskTasks, copy_tasks
+from flexpipe.profiling.messages import message_tasks
 from flexpipe.profiling.overhead import op_times, overheads
 from flexpipe.profiling.products import ProductTasks
 from flexpipe.profiling.slowdown import slowdowns
@@ -205,6 +206,7 @@ def _links(device: Device, disk: DiskTasks, effort: Effort) -> Rated:
         return {
             **rate_all(copies, watch, effort.rounds),
             **rate_all(moves, longer, effort.rounds, chosen=statistics.median),
+            **rate_all([partial(message_tasks, effort)], watch, effort.rounds),
             **rate_all(further, watch, 1),
         }
 

@@ -44,12 +44,13 @@ class Device:
     d2h: Link
     disk_read: Link
     disk_write: Link
+    comm: Link
     flops_per_s: float | None = None
     synchronous: SynchronousCopies = field(default_factory=SynchronousCopies)
 
     @property
     def links(self) -> tuple[Link, ...]:
-        return (self.h2d, self.d2h, self.disk_read, self.disk_write)
+        return (self.h2d, self.d2h, self.disk_read, self.disk_write, self.comm)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         """One hop between host and device; asynchronous where the host side is page-locked.
@@ -79,6 +80,14 @@ def open_device(name: str, emulation: Emulation | None) -> Device:
     return _open_accelerator(name, stop)
 
 
+def device_of_rank(name: str, local_rank: int) -> str:
+    """The device that a rank of this host takes: accelerators in turns, where none is named."""
+    kind = (_accelerator() or "cpu") if name == "auto" else name
+    if kind in ("cpu", "emulated") or ":" in kind:
+        return kind
+    return f"{kind}:{local_rank % max(1, torch.accelerator.device_count())}"
+
+
 def _on_cpu(name: str, tier: Tier, stop: threading.Event, rates: Emulation | None) -> Device:
     return Device(
         name=name,
@@ -90,6 +99,7 @@ def _on_cpu(name: str, tier: Tier, stop: threading.Event, rates: Emulation | Non
         d2h=Link("d2h", stop, rates.d2h_bytes_per_s if rates else None),
         disk_read=Link("disk_read", stop, rates.disk_read_bytes_per_s if rates else None),
         disk_write=Link("disk_write", stop, rates.disk_write_bytes_per_s if rates else None),
+        comm=Link("comm", stop),
         flops_per_s=rates.flops_per_s if rates else None,
     )
 
@@ -123,4 +133,5 @@ def _open_accelerator(name: str, stop: threading.Event) -> Device:
         d2h=Link("d2h", stop),
         disk_read=Link("disk_read", stop),
         disk_write=Link("disk_write", stop),
+        comm=Link("comm", stop),
     )

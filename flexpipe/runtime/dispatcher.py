@@ -5,8 +5,11 @@ dependencies that the host must wait for. At zero the op enters its lane. An op 
 as met once it is issued: other streams wait for its event on the device, threads wait for it
 themselves.
 
+The schedule may have nothing to give until there is news: a COMMIT, or, for a stage that follows
+another one's steps, whatever `wake` is called for.
+
 The first failure stops every lane and is told with its op; nothing that is still queued is
-performed.
+performed. Another thread may end a run as well, with `abort`.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +28,7 @@ from flexpipe.memory.disk import Stopped
 from flexpipe.runtime.device import Device
 from flexpipe.runtime.lane import StreamLane, ThreadLane
 from flexpipe.runtime.record import Recorder
-from flexpipe.schedule.op import Kind, Lane, Op
+from flexpipe.schedule.op import PEER_LANES, Kind, Lane, Op
 
 RUN_AHEAD = 512  # ops submitted and not done; bounds memory, far above what hides latency
 _KEPT_EVENTS = 4 * RUN_AHEAD
@@ -34,7 +37,7 @@ _JOIN_TIMEOUT_S = 30.0
 STREAMS = (Lane.COMPUTE, Lane.LOAD_WEIGHT, Lane.LOAD_CACHE, Lane.STORE_CACHE)
 ALL_CORES = (Lane.COMPUTE, Lane.ATTEND_CPU)
 HOST_LANES = (Lane.READ_WEIGHT, Lane.READ_CACHE, Lane.DISK_WRITE, Lane.HOST)
-
+EVERYWHERE = (*HOST_LANES, *PEER_LANES, Lane.COMPUTE)
 
 log = logging.getLogger("flexpipe")
 
@@ -57,23 +60,33 @@ class Dispatcher:
         *,
         describe: Callable[[Op], str] = str,
         num_threads: int = 1,
+        peer_lanes: Collection[Lane] = (),
+        end_messages: Callable[[], None] = lambda: None,
+        on_failure: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
+        """`end_messages` is called when a run fails, to free the lanes that wait for a peer.
+        `on_failure` is told the first failure before that, since peers notice."""
         self._device = device
         self._describe = describe
+        self._end_messages = end_messages
+        self._on_failure = on_failure
         self._recorder = recorder
         self._changed = threading.Condition()
         self._pending: dict[int, _Pending] = {}
         self._events: dict[int, torch.Event] = {}
         self._to_issue: deque[Op] = deque()
-        self._num_commits = 0
+        self._num_news = 0
+        self._num_messages = 0
         self._waiting = False
-        self._failure: tuple[Op, BaseException] | None = None
+        self._failure: BaseException | None = None
         self._streams: dict[Lane, StreamLane] = {}
         self._threads: dict[Lane, ThreadLane] = {}
         for lane in Lane:
+            if lane in PEER_LANES and lane not in peer_lanes:
+                continue
             if device.has_streams and lane in STREAMS:
                 self._streams[lane] = StreamLane(lane, device.torch_device, perform, recorder)
-            elif device.tier.value == "gpu" or lane in (*HOST_LANES, Lane.COMPUTE):
+            elif device.tier.value == "gpu" or lane in EVERYWHERE:
                 self._threads[lane] = ThreadLane(
                     lane,
                     perform,
@@ -92,12 +105,28 @@ class Dispatcher:
         self._start(start)
         try:
             self._feed(ops)
+        except BaseException:
+            self._end_messages()
+            raise
         finally:
             self._device.stop.set()
             self._end()
         if self._failure is not None:
-            raise _told(*self._failure, self._describe)
+            raise self._failure
         return time.perf_counter() - start
+
+    def wake(self) -> None:
+        """There is news: ask the schedule again."""
+        with self._changed:
+            self._num_news += 1
+            self._changed.notify()
+
+    def abort(self, error: BaseException) -> None:
+        """End the run with `error`, unless it has failed already."""
+        with self._changed:
+            self._failure = self._failure or error
+            self._stop()
+        self._end_messages()
 
     @property
     def stuck(self) -> list[Lane]:
@@ -117,13 +146,14 @@ class Dispatcher:
 
     def _feed(self, ops: Iterator[Op | None]) -> None:
         while True:
-            seen = self._num_commits  # read before asking, or a commit in between would be missed
+            seen = self._num_news  # read before asking, or what comes in between would be missed
             try:
                 op = next(ops)
             except StopIteration:
+                self._wait(lambda: not self._num_messages)  # the others need what is on its way
                 return
             if op is None:
-                if not self._wait(lambda: self._num_commits != seen):  # noqa: B023
+                if not self._wait(lambda: self._num_news != seen):  # noqa: B023
                     return
                 continue
             self._submit(op)
@@ -156,6 +186,7 @@ class Dispatcher:
                     before.dependents.append(op.id)
                     entry.num_unmet += 1
             self._pending[op.id] = entry
+            self._num_messages += op.lane in PEER_LANES
             if not entry.num_unmet:
                 self._enter(op)
         self._issue_all()
@@ -199,7 +230,8 @@ class Dispatcher:
 
     def _met(self, op: Op) -> None:
         if op.kind == Kind.COMMIT:
-            self._num_commits += 1
+            self._num_news += 1
+        self._num_messages -= op.lane in PEER_LANES
         for dependent in self._pending.pop(op.id).dependents:
             entry = self._pending[dependent]
             entry.num_unmet -= 1
@@ -207,19 +239,23 @@ class Dispatcher:
                 self._enter(entry.op)
 
     def _failed(self, op: Op, error: BaseException) -> None:
+        told = _told(op, error, self._describe)
         with self._changed:
-            self._fail(op, error)
-            self._changed.notify()
+            ended = isinstance(error, Stopped) and self._device.stop.is_set()  # as all waits do
+            is_first = self._failure is None and not ended
+            if is_first:
+                self._failure = told
+            self._stop()
+        if is_first:
+            self._on_failure(told)
+        self._end_messages()
 
-    def _fail(self, op: Op, error: BaseException) -> None:
-        """Remember the first failure and stop every wait of the run."""
-        if self._failure is None and not (
-            isinstance(error, Stopped) and self._device.stop.is_set()
-        ):
-            self._failure = (op, error)
+    def _stop(self) -> None:
+        """Called with the lock: stop every wait of the run."""
         self._device.stop.set()
         for thread in self._threads.values():
             thread.quit()
+        self._changed.notify()
 
     def _end(self) -> None:
         """Return when nothing of the run is at work any more: no thread, no stream."""

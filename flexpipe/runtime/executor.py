@@ -12,10 +12,9 @@ from flexpipe.runtime.device import Device
 from flexpipe.runtime.dispatcher import Dispatcher
 from flexpipe.runtime.record import Recorder
 from flexpipe.runtime.stage import Stage
-from flexpipe.schedule.build import MicroBatches, schedule
-from flexpipe.schedule.op import Op
+from flexpipe.schedule.build import Steps, schedule
+from flexpipe.schedule.op import MESSAGE_LANES, Lane, Op
 
-Steps = Callable[[int], MicroBatches | None]
 ChangeOps = Callable[[Iterable[Op | None]], Iterable[Op | None]]
 
 
@@ -27,8 +26,15 @@ def execute(
     recorder: Recorder,
     *,
     change_ops: ChangeOps | None = None,
+    on_start: Callable[[Dispatcher], None] = lambda dispatcher: None,
+    on_failure: Callable[[BaseException], None] = lambda error: None,
 ) -> float:
-    """Run a job's steps to the end; returns seconds. `change_ops` lets tests alter the ops."""
+    """Run a job's steps to the end; returns seconds.
+
+    `on_start` is given the dispatcher, to wake when `steps` has news that no COMMIT brings, or to
+    tell that the run must end. `on_failure` hears of an op's failure before other stages notice.
+    `change_ops` lets tests alter the ops.
+    """
     ops: Iterable[Op | None] = schedule(plan, steps)
     if change_ops is not None:
         ops = change_ops(ops)
@@ -39,8 +45,17 @@ def execute(
             recorder,
             describe=stage.describe,
             num_threads=num_threads,
+            peer_lanes=_peer_lanes(plan),
+            end_messages=stage.abort,
+            on_failure=on_failure,
         )
+        on_start(dispatcher)
         return dispatcher.run(iter(ops))
+
+
+def _peer_lanes(plan: Plan) -> tuple[Lane, ...]:
+    messages = MESSAGE_LANES if plan.pipeline.is_cut else ()
+    return (*messages, Lane.REDUCE) if plan.config.is_split else messages
 
 
 @contextmanager

@@ -25,7 +25,11 @@ Failed = Callable[[Op, BaseException], None]
 
 
 class ThreadLane:
-    """A queue of ops and the thread that performs them."""
+    """Ops that are ready, and the thread that performs them.
+
+    Of those waiting, the one that was issued first goes first: where several blocks are in flight,
+    an older one is not held up by the layers of those behind it.
+    """
 
     def __init__(
         self,
@@ -43,8 +47,9 @@ class ThreadLane:
         self._failed = failed
         self._recorder = recorder
         self._num_threads = num_threads
-        self._queue: queue.SimpleQueue[tuple[Op, Sequence[torch.Event]] | None] = (
-            queue.SimpleQueue()
+        # by op id; a smaller one than any wakes the thread to quit
+        self._queue: queue.PriorityQueue[tuple[int, Op | None, Sequence[torch.Event]]] = (
+            queue.PriorityQueue()
         )
         self._quit = False
         self._start_s = time.perf_counter()
@@ -56,12 +61,12 @@ class ThreadLane:
 
     def put(self, op: Op, events: Sequence[torch.Event] = ()) -> None:
         """Queue an op whose host dependencies are met; its thread waits for `events`."""
-        self._queue.put((op, events))
+        self._queue.put((op.id, op, events))
 
     def quit(self) -> None:
         """Perform nothing more; the op now running is finished."""
         self._quit = True
-        self._queue.put(None)
+        self._queue.put((-1, None, ()))
 
     def join(self, timeout_s: float) -> bool:
         """Wait for the thread's end; whether it came."""
@@ -72,8 +77,11 @@ class ThreadLane:
         torch.get_num_threads()  # lets torch set up this thread before it is overruled
         torch.set_num_threads(self._num_threads)
         with torch.inference_mode():
-            while (item := self._queue.get()) is not None and not self._quit:
-                self._do(*item)
+            while True:
+                _, op, events = self._queue.get()
+                if op is None or self._quit:
+                    return
+                self._do(op, events)
 
     def _do(self, op: Op, events: Sequence[torch.Event]) -> None:
         try:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 
 import torch
 from torch import Tensor
@@ -29,7 +29,6 @@ from flexpipe.model import segments
 from flexpipe.model.batch import Batch, RopeTable, RowSpan
 from flexpipe.model.cost import (
     attend_flops,
-    decoder_flops,
     head_flops,
     mlp_flops,
     num_attended,
@@ -39,12 +38,17 @@ from flexpipe.model.cost import (
 from flexpipe.model.matmul import CompressedWeight
 from flexpipe.model.sampling import choose
 from flexpipe.model.workspace import Workspace
-from flexpipe.plan.layer import LayerKind, LayerPlan
+from flexpipe.plan.layer import LayerKind, LayerPlan, Piece
 from flexpipe.plan.plan import Plan, PoolPlan
 from flexpipe.plan.tier import Tier
 from flexpipe.runtime.device import Device
-from flexpipe.schedule.op import Kind, Op, Segment
+from flexpipe.runtime.ranks import place_name
+from flexpipe.runtime.transport import Transport
+from flexpipe.schedule.op import Kind, Lane, Op, Segment, pieces_of
 from flexpipe.schedule.step import MicroBatch, Row
+
+_APART = (Segment.QKV, Segment.ATTEND, Segment.OUT, Segment.PROJECT)  # with attention on the CPU
+_LEAVES_PARTIAL = (Segment.ATTENTION, Segment.PROJECT, Segment.MLP)
 
 OpHook = Callable[[Op], None]
 
@@ -68,7 +72,8 @@ class _Layout:
 
     source: MicroBatch
     runs: tuple[RowRun, ...]
-    ids_T: Tensor
+    ids_T: Tensor  # of rows of the embedding here
+    absent_T: Tensor | None  # tokens whose row another shard has
     sampled: tuple[Row, ...]
     batch: Batch | None = None
     cpu_batch: Batch | None = None  # of the rows that attend on the CPU
@@ -95,15 +100,18 @@ class Stage:
         *,
         kv_file: DiskFile | None,
         hidden_file: DiskFile | None,
-        commit: Commit,
+        commit: Commit | None,
+        transport: Transport | None = None,
         before_op: OpHook | None = None,
         poison: bool = False,
     ) -> None:
-        """Take every pool. `before_op` and `poison` are for tests: a hook called first in every op,
-        and slots that hold rubbish until they are filled."""
+        """Take every pool. Only the first stage of a pipeline commits; `transport` reaches the
+        others. `before_op` and `poison` are for tests: a hook called first in every op, and slots
+        that hold rubbish until they are filled."""
         self.plan = plan
         self._device = device
         self._commit_rows = commit
+        self._transport = transport
         self._before_op = before_op
         self._poison = poison
         self.memory = TierMemory(device.torch_device, pin=plan.policy.pin_weights)
@@ -143,6 +151,11 @@ class Stage:
             Kind.COMPUTE: self._compute,
             Kind.SAMPLE: self._sample,
             Kind.FETCH_TOKENS: self._fetch_tokens,
+            Kind.RECEIVE_HIDDEN: self._receive_hidden,
+            Kind.SEND_HIDDEN: self._send_hidden,
+            Kind.RECEIVE_TOKENS: self._receive_tokens,
+            Kind.SEND_TOKENS: self._send_tokens,
+            Kind.ALL_REDUCE: self._all_reduce,
             Kind.COMMIT: self._commit,
             Kind.BARRIER: lambda op: None,
         }
@@ -175,9 +188,16 @@ class Stage:
         self._work[op.kind](op)
 
     def describe(self, op: Op) -> str:
-        """An op for messages, its layer by name."""
+        """An op for messages, its layer by name, and the stage where there are several ranks."""
         mb = "" if op.batch is None else f", micro-batch {op.batch.index}"
-        return f"{op.kind.value} of {self._layer(op).name} (step {op.step}{mb})"
+        whole = f"{op.kind.value} {self._object(op)} (step {op.step}{mb})"
+        alone = not (self.plan.pipeline.is_cut or self.plan.config.is_split)
+        return whole if alone else f"{_where(self.plan)}: {whole}"
+
+    def abort(self) -> None:
+        """End the messages that other threads wait in; they raise."""
+        if self._transport is not None:
+            self._transport.abort()
 
     def close(self) -> None:
         self._reader.close()
@@ -196,6 +216,8 @@ class Stage:
             self._head_inputs,
             self._logits,
             *self._fetched,
+            *self._messages,
+            *self._partials,
         ):
             slab.fill_(POISON)
 
@@ -211,12 +233,14 @@ class Stage:
         elif kind in (Kind.READ_CACHE, Kind.LOAD_CACHE):
             filled = None if kind == Kind.LOAD_CACHE else stage
             self.kv_cache.poison(slot=op.kv_slot, read_stage=filled)
-        elif kind in (Kind.READ_HIDDEN, Kind.LOAD_HIDDEN):
-            filled = None if kind == Kind.LOAD_HIDDEN else stage
+        elif kind in (Kind.READ_HIDDEN, Kind.LOAD_HIDDEN, Kind.RECEIVE_HIDDEN):
+            filled = stage if kind == Kind.READ_HIDDEN else None
             self._hidden.poison(slot=op.hidden_slot, read_stage=filled)
         elif kind == Kind.COMPUTE and op.segment == Segment.QKV:
             assert op.attention_slot is not None
             self._queries.poison(slot=op.attention_slot)
+        elif kind == Kind.COMPUTE and op.segment in _LEAVES_PARTIAL:
+            self._partials[op.partial_slot or 0].fill_(POISON)
         elif self._device.has_streams:
             return  # a stream fills host memory later than this is called
         elif kind == Kind.STORE_CACHE:
@@ -354,6 +378,105 @@ class Stage:
         num_tokens, num_rows = self._rows(op).num_new, self._layout(op).num_cpu_rows
         return op.attention_slot, op.stage_slot, num_tokens, num_rows
 
+    # messages
+
+    def _receive_hidden(self, op: Op) -> None:
+        """Rows come by ascending place and go where they lie here."""
+        assert self._transport is not None
+        hidden_TH, order_T = self._hidden.view(self._rows(op), op.hidden_slot), self._order(op)
+        if order_T is None:
+            self._transport.receive(hidden_TH)
+            return
+        came_TH = typed(self._messages[1], self._dtype, hidden_TH.shape)
+        self._transport.receive(came_TH)
+        hidden_TH.index_copy_(0, self._to_device(order_T), came_TH)
+        if self._device.has_streams:
+            torch.accelerator.current_stream().synchronize()
+
+    def _send_hidden(self, op: Op) -> None:
+        assert self._transport is not None
+        hidden_TH, order_T = self._hidden.view(self._rows(op), op.hidden_slot), self._order(op)
+        if order_T is not None:
+            leaving_TH = typed(self._messages[0], self._dtype, hidden_TH.shape)
+            torch.index_select(hidden_TH, 0, self._to_device(order_T), out=leaving_TH)
+            hidden_TH = leaving_TH
+        self._send(hidden_TH)
+
+    def _receive_tokens(self, op: Op) -> None:
+        """Sampled rows of all micro-batches, by ascending place: tokens and whether they mean
+        something."""
+        assert self._transport is not None
+        came = _token_message(op)
+        self._transport.receive(came)
+        for layout, where in self._sampled_in(op):
+            for target, source in zip(self._fetched[layout.source.index], came, strict=True):
+                target[: len(where)].copy_(source[where])
+
+    def _send_tokens(self, op: Op) -> None:
+        assert self._transport is not None
+        leaving = _token_message(op)
+        for layout, where in self._sampled_in(op):
+            for target, source in zip(leaving, self._fetched[layout.source.index], strict=True):
+                target[where] = source[: len(where)].to(target.dtype)
+        self._send(leaving)
+
+    def _send(self, message: Tensor) -> None:
+        """A message counts on the link of the rank that sends it."""
+        assert self._transport is not None
+        start = time.perf_counter()
+        self._transport.send(message)
+        self._device.comm.deliver(message.nbytes, start)
+
+    def _sum(self, parts: Tensor) -> None:
+        """Each shard sends and receives a part of the bytes twice, less its own."""
+        assert self._transport is not None
+        start, size = time.perf_counter(), self.plan.config.shard.size
+        self._transport.all_reduce(parts)
+        self._device.comm.deliver(2 * (size - 1) * parts.nbytes // size, start)
+
+    def _all_reduce(self, op: Op) -> None:
+        """What the shards have computed of the first hidden, of the logits, or of what a half of a
+        layer adds to hidden."""
+        layer = self._layer(op)
+        if layer.kind == LayerKind.HEAD:
+            batch = self._rows(op)
+            self._sum(self._logits_view(batch.index, batch.num_sampled))
+            return
+        hidden_TH = self._hidden.view(self._rows(op), op.hidden_slot)
+        if layer.kind == LayerKind.EMBED:
+            self._sum(hidden_TH)
+            return
+        partial_TH = self._partial(op)
+        self._sum(partial_TH)
+        hidden_TH.add_(partial_TH)
+        if self._device.has_streams:
+            torch.accelerator.current_stream().synchronize()
+
+    def _order(self, op: Op) -> Tensor | None:
+        """Where the tokens of a message, rows by ascending place, lie in hidden; None where they
+        lie in that order."""
+        if not self.plan.reorders_messages:
+            return None
+        layout = self._layout(op)
+        rows = [row for run in layout.runs for row in run.rows]
+        if all(one.place < other.place for one, other in pairwise(rows)):
+            return None
+        ends = accumulate(row.num_new for row in rows)
+        spans = {
+            row.place: range(end - row.num_new, end) for row, end in zip(rows, ends, strict=True)
+        }
+        ascending = chain.from_iterable(spans[place] for place in sorted(spans))
+        return torch.tensor(list(ascending), dtype=torch.int64)
+
+    def _sampled_in(self, op: Op) -> Iterator[tuple[_Layout, list[int]]]:
+        """The micro-batches of a message of tokens, and each sampled row's place in it."""
+        first = 0
+        for source in op.batches:
+            layout = self._layout_of(source)
+            places = sorted(row.place for row in layout.sampled)
+            yield layout, [first + places.index(row.place) for row in layout.sampled]
+            first += len(places)
+
     # compute
 
     def _compute(self, op: Op) -> None:
@@ -362,7 +485,7 @@ class Stage:
         parts = self.weights.layer(layer, op.weight_slot)
         hidden_TH = (
             self._hidden.view(self._rows(op), op.hidden_slot)
-            if op.layer == 0 or (layer.takes_hidden)
+            if layer.takes_hidden or layer.leaves_hidden
             else None
         )
         if layout.batch is None:
@@ -373,9 +496,12 @@ class Stage:
             self._compute_embed(op, layout, parts, hidden_TH)
         elif layer.kind == LayerKind.HEAD:
             self._compute_head(op, layer, layout, parts, hidden_TH)
+        elif op.segment in _APART:
+            assert hidden_TH is not None
+            self._compute_apart(op, layer, layout, parts, hidden_TH)
         elif op.segment is not None:
             assert hidden_TH is not None
-            self._compute_segment(op, layer, layout, parts, hidden_TH)
+            self._compute_half(op, layout, parts, hidden_TH)
         else:
             assert hidden_TH is not None
             self._compute_decoder(op, layer, layout, parts, hidden_TH)
@@ -394,8 +520,15 @@ class Stage:
             rows_TE = parts.embed_tokens.take(self._to_device(layout.ids_T))
         else:
             rows_TE = torch.embedding(parts.embed_tokens, self._to_device(layout.ids_T))
+        absent_T = None if layout.absent_T is None else self._to_device(layout.absent_T)
         segments.embed(
-            rows_TE, hidden_TH, parts.weights, layout.batch, self.plan.config, self._workspace
+            rows_TE,
+            hidden_TH,
+            parts.weights,
+            layout.batch,
+            self.plan.config,
+            self._workspace,
+            absent_T,
         )
 
     def _compute_decoder(
@@ -412,7 +545,26 @@ class Stage:
         if layer.kind != LayerKind.ATTENTION:
             segments.mlp_half(hidden_TH, weights, config, self._workspace)
 
-    def _compute_segment(
+    def _compute_half(self, op: Op, layout: _Layout, parts: LayerParts, hidden_TH: Tensor) -> None:
+        """A shard's part of what half a layer adds to hidden, or what follows their sum."""
+        batch, weights, config = layout.batch, parts.weights, self.plan.config
+        assert batch is not None and isinstance(weights, segments.LayerWeights)
+        match op.segment:
+            case Segment.ATTENTION:
+                decoder = self._decoder(op)
+                kvs = self.kv_cache.views(layout.runs, self._rows(op), decoder, op.kv_slot)
+                segments.attention_half(
+                    hidden_TH, weights, batch, kvs, config, decoder, self._workspace,
+                    self._partial(op),
+                )  # fmt: skip
+            case Segment.AFTER_ATTENTION:
+                segments.after_attention(hidden_TH, weights, config, self._workspace)
+            case Segment.MLP:
+                segments.mlp_half(hidden_TH, weights, config, self._workspace, self._partial(op))
+            case Segment.AFTER_MLP:
+                segments.after_mlp(hidden_TH, weights, config, self._workspace)
+
+    def _compute_apart(
         self, op: Op, layer: LayerPlan, layout: _Layout, parts: LayerParts, hidden_TH: Tensor
     ) -> None:
         """A decoder layer up to attention, attention itself, or the rest of the layer."""
@@ -423,10 +575,11 @@ class Stage:
         both = self._queries.view(op.attention_slot, num_tokens)
         q_TND = both[:, : config.num_heads]
         leaving = self._queries.leaving(op.attention_slot, num_tokens, rows)
-        if op.segment == Segment.OUT:
+        if op.segment in (Segment.OUT, Segment.PROJECT):
             q_TND[-rows:].copy_(leaving[0])
-            segments.out(q_TND.flatten(1), hidden_TH, weights, config, self._workspace)
-            if layer.kind != LayerKind.ATTENTION:
+            partial_TH = self._partial(op) if op.segment == Segment.PROJECT else None
+            segments.out(q_TND.flatten(1), hidden_TH, weights, config, self._workspace, partial_TH)
+            if op.segment == Segment.OUT and layer.kind != LayerKind.ATTENTION:
                 segments.mlp_half(hidden_TH, weights, config, self._workspace)
             return
         here = layout.runs[: len(layout.runs) - len(layout.cpu_runs)]
@@ -451,7 +604,8 @@ class Stage:
         assert batch is not None and isinstance(weights, segments.HeadWeights)
         assert layer.vocab is not None and parts.lm_head is not None
         mb, rows = self._rows(op).index, len(layout.sampled)
-        x_RE = typed(self._head_inputs[mb], self._dtype, (rows, self.plan.config.input_size))
+        slab = self._head_inputs[self.plan.ranks_in_block[mb]]
+        x_RE = typed(slab, self._dtype, (rows, self.plan.config.input_size))
         if hidden_TH is not None:
             x_RE.copy_(
                 segments.head_input(
@@ -459,7 +613,10 @@ class Stage:
                 )
             )
             self._workspace.reset()
-        out_RV = self._logits_view(mb, rows)[:, layer.vocab[0] : layer.vocab[1]]
+        logits_RV, first = self._logits_view(mb, rows), self.plan.config.vocab_rows.start
+        if self.plan.config.is_split and layer.takes_hidden:
+            logits_RV.zero_()  # the others add theirs
+        out_RV = logits_RV[:, first + layer.vocab[0] : first + layer.vocab[1]]
         segments.logits_slice(x_RE, parts.lm_head, out_RV, self._workspace)
 
     def _sample(self, op: Op) -> None:
@@ -488,6 +645,7 @@ class Stage:
                 layout.sampled, tokens_R[:count].tolist(), finite_R[:count].tolist(), strict=True
             )
         ]
+        assert self._commit_rows is not None
         self._commit_rows(layout.source, sampled)
 
     def logits(self, op: Op) -> tuple[Sequence[Row], Tensor]:
@@ -502,29 +660,38 @@ class Stage:
             return 0
         if layer.kind == LayerKind.HEAD:
             assert layer.vocab is not None
-            share = (layer.vocab[1] - layer.vocab[0]) / config.vocab_size
+            share = (layer.vocab[1] - layer.vocab[0]) / len(config.vocab_rows)
             return int(head_flops(config, batch.num_sampled) * share)
-        mlp = mlp_flops(config, batch.num_new)
-        if layer.kind == LayerKind.MLP:
-            return mlp
-        window = config.window(self._decoder(op))
-        attended = sum(
-            num_attended(row.num_context, row.num_new, window)
-            for row in batch.rows
-            if not self.plan.row_attends_on_cpu(batch.index, row.place, row.num_new)
-        )
-        match op.segment:
-            case Segment.QKV:
-                return qkv_flops(config, batch.num_new)
-            case Segment.ATTEND:
-                return attend_flops(config, attended)
-            case Segment.OUT:
-                rest = 0 if layer.kind == LayerKind.ATTENTION else mlp
-                return out_flops(config, batch.num_new) + rest
-        whole = decoder_flops(config, batch.num_new, attended)
-        return whole if layer.kind == LayerKind.DECODER else whole - mlp
+        pieces, flops = pieces_of(layer, op.segment), 0
+        if Piece.QKV in pieces:
+            flops += qkv_flops(config, batch.num_new)
+        if Piece.ATTEND in pieces:
+            window = config.window(self._decoder(op))
+            attended = sum(
+                num_attended(row.num_context, row.num_new, window)
+                for row in batch.rows
+                if not self.plan.row_attends_on_cpu(batch.index, row.place, row.num_new)
+            )
+            flops += attend_flops(config, attended)
+        if Piece.OUT in pieces:
+            flops += out_flops(config, batch.num_new)
+        if Piece.MLP in pieces:
+            flops += mlp_flops(config, batch.num_new)
+        return flops
 
     # lookups
+
+    def _object(self, op: Op) -> str:
+        """What an op is about, behind its kind."""
+        rank, num_stages = self.plan.rank, self.plan.pipeline.num_stages
+        match op.lane:
+            case Lane.SEND:
+                return f"to stage {(rank + 1) % num_stages}"
+            case Lane.RECEIVE:
+                return f"from stage {(rank - 1) % num_stages}"
+            case Lane.REDUCE:
+                return f"over the shards of {self._layer(op).name}"
+        return f"of {self._layer(op).name}"
 
     def _layer(self, op: Op) -> LayerPlan:
         return self.plan.layers[op.layer]
@@ -540,7 +707,9 @@ class Stage:
 
     def _layout(self, op: Op) -> _Layout:
         """The micro-batch's layout in this step; made by whichever op needs it first."""
-        source = self._rows(op)
+        return self._layout_of(self._rows(op))
+
+    def _layout_of(self, source: MicroBatch) -> _Layout:
         with self._lock:
             layout = self._layouts.get(source.index)
             if layout is None or layout.source is not source:
@@ -550,9 +719,15 @@ class Stage:
     def _make_layout(self, source: MicroBatch) -> _Layout:
         runs = self.kv_cache.runs(source)
         rows = [row for run in runs for row in run.rows]
-        ids = list(chain.from_iterable(row.tokens for row in rows))
+        ids = list(chain.from_iterable(row.tokens for row in rows)) if self.plan.embeds else []
         sampled = tuple(row for row in rows if row.sampled)
-        return _Layout(source, runs, torch.tensor(ids, dtype=torch.int64), sampled)
+        ids_T, absent_T = torch.tensor(ids, dtype=torch.int64), None
+        if self.plan.config.is_split:
+            here = self.plan.config.vocab_rows
+            ids_T -= here.start
+            absent_T = (ids_T < 0) | (ids_T >= len(here))
+            ids_T.masked_fill_(absent_T, 0)
+        return _Layout(source, runs, ids_T, absent_T, sampled)
 
     def _make_batch(self, layout: _Layout) -> Batch:
         return Batch.build(
@@ -579,8 +754,14 @@ class Stage:
         shape = (self._rows(op).num_new, table.shape[1])
         return typed(slab, torch_dtype(table.dtype), shape)
 
+    def _partial(self, op: Op) -> Tensor:
+        """This shard's part of what is added to hidden, [T, H]."""
+        assert op.partial_slot is not None
+        shape = (self._rows(op).num_new, self.plan.config.hidden_size)
+        return typed(self._partials[op.partial_slot], self._dtype, shape)
+
     def _logits_view(self, mb: int, rows: int) -> Tensor:
-        slab = self._logits[0 if len(self._logits) == 1 else mb]
+        slab = self._logits[0 if len(self._logits) == 1 else self.plan.ranks_in_block[mb]]
         return typed(slab, self._dtype, (rows, self.plan.config.vocab_size))
 
     def _take_compute_pools(self) -> None:
@@ -596,6 +777,8 @@ class Stage:
         self._head_inputs = slots("head input", device)
         self._embed_slots = slots("embedding slots", device)
         self._embed_stages = slots("embedding staging", Tier.CPU)
+        self._messages = slots("messages", device)
+        self._partials = slots("partial sums", device)
         none = torch.empty(0, dtype=torch.uint8)
         self._cpu_workspace = Workspace((slots("attention workspace", Tier.CPU) or [none])[0])
         pin = self._device.has_streams
@@ -611,6 +794,19 @@ class Stage:
         if pool.tier == self.plan.device_tier:
             return self.memory.take_on_device(pool.slot_bytes, pool.name)
         return self.memory.take_on_host(pool.slot_bytes, pool.name)
+
+
+def _where(plan: Plan) -> str:
+    """Which rank computes a plan, as its gang calls it too."""
+    shard = plan.config.shard
+    rank = plan.rank * shard.size + shard.index
+    return place_name(rank, shard.size, plan.pipeline.chunks(plan.rank))
+
+
+def _token_message(op: Op) -> Tensor:
+    """[2, R]: tokens of a step's R sampled rows, and 1 where the logits were finite."""
+    num_rows = sum(batch.num_sampled for batch in op.batches)
+    return torch.zeros((2, max(1, num_rows)), dtype=torch.int64)
 
 
 def _spans(runs: Sequence[RowRun]) -> list[list[RowSpan]]:

@@ -12,13 +12,14 @@ from flexpipe.runtime.device import Device
 from flexpipe.units import GIB, MIB
 
 
-def usable_memory(device: Device, offload: Path) -> dict[Tier, int]:
+def usable_memory(device: Device, offload: Path, num_sharers: int = 1) -> dict[Tier, int]:
     """Bytes per tier, what this process has already taken included; an emulated accelerator's
-    memory is part of the host's."""
-    host = free_memory() + rss_bytes()
+    memory is part of the host's. Of what is free on a host each of `num_sharers` ranks has its
+    part."""
+    host = free_memory() // num_sharers + rss_bytes()
     usable = {Tier.CPU: host - host // 50 - 64 * MIB}
     if device.has_streams:
         free = torch.accelerator.get_memory_info(device.torch_device)[0]
         usable[Tier.GPU] = free - free // 20 - 256 * MIB
-    usable[Tier.DISK] = max(0, free_disk(offload) - GIB)
+    usable[Tier.DISK] = max(0, free_disk(offload) - GIB) // num_sharers
     return usable

@@ -23,6 +23,7 @@ _SLOTS = {
     Pool.KV_WRITE_STAGE,
     Pool.ATTENTION_SLOT,
     Pool.QUERY_STAGE,
+    Pool.PARTIAL_SLOT,
     Pool.HIDDEN_SLOT,
     Pool.HIDDEN_READ_STAGE,
     Pool.HIDDEN_WRITE_STAGE,
@@ -37,6 +38,7 @@ _FILLS = {
     Kind.LOAD_CACHE,
     Kind.READ_HIDDEN,
     Kind.LOAD_HIDDEN,
+    Kind.RECEIVE_HIDDEN,
 }
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+from flexpipe.plan.layer import LayerPlan, Piece
 from flexpipe.schedule.step import MicroBatch
 
 
@@ -34,16 +35,44 @@ class Kind(StrEnum):
     COMPUTE = "compute"
     SAMPLE = "sample"
     FETCH_TOKENS = "fetch_tokens"
+    RECEIVE_HIDDEN = "receive_hidden"  # from the stage before
+    SEND_HIDDEN = "send_hidden"
+    RECEIVE_TOKENS = "receive_tokens"  # of a whole step, from the last stage to the first
+    SEND_TOKENS = "send_tokens"
+    ALL_REDUCE = "all_reduce"  # what the shards of a stage have each computed a part of
     COMMIT = "commit"
     BARRIER = "barrier"
 
 
 class Segment(StrEnum):
-    """The piece of a layer that a COMPUTE runs where attention on the CPU parts it."""
+    """The piece of a layer that a COMPUTE runs where attention on the CPU or a sum over the shards
+    of a stage parts it."""
 
     QKV = "qkv"
     ATTEND = "attend"  # of the rows that attend on the device
     OUT = "out"  # and what follows it in the layer
+    # of a shard, which leaves its part of a sum
+    ATTENTION = "attention"
+    PROJECT = "project"  # only what is left of attention where some rows attend on the CPU
+    AFTER_ATTENTION = "after_attention"  # of the sum
+    MLP = "mlp"
+    AFTER_MLP = "after_mlp"
+
+
+_PIECES: dict[Segment | None, frozenset[Piece]] = {
+    None: frozenset(Piece),
+    Segment.QKV: frozenset({Piece.QKV}),
+    Segment.ATTEND: frozenset({Piece.ATTEND}),
+    Segment.OUT: frozenset({Piece.OUT, Piece.MLP}),
+    Segment.ATTENTION: frozenset({Piece.QKV, Piece.ATTEND, Piece.OUT}),
+    Segment.PROJECT: frozenset({Piece.OUT}),
+    Segment.MLP: frozenset({Piece.MLP}),
+}
+
+
+def pieces_of(layer: LayerPlan, segment: Segment | None) -> frozenset[Piece]:
+    """What of a decoder layer a COMPUTE of `segment` computes."""
+    return layer.pieces & _PIECES.get(segment, frozenset())
 
 
 class Lane(StrEnum):
@@ -57,8 +86,14 @@ class Lane(StrEnum):
     READ_WEIGHT = "read_weight"
     READ_CACHE = "read_cache"
     DISK_WRITE = "disk_write"
+    SEND = "send"
+    RECEIVE = "receive"
+    REDUCE = "reduce"
     HOST = "host"
 
+
+MESSAGE_LANES = (Lane.SEND, Lane.RECEIVE)  # of stages that have neighbours
+PEER_LANES = (*MESSAGE_LANES, Lane.REDUCE)  # whose ops take place on several ranks at once
 
 LANE_OF: dict[Kind, Lane] = {
     Kind.READ_WEIGHT: Lane.READ_WEIGHT,
@@ -79,6 +114,11 @@ LANE_OF: dict[Kind, Lane] = {
     Kind.COMPUTE: Lane.COMPUTE,
     Kind.SAMPLE: Lane.COMPUTE,
     Kind.FETCH_TOKENS: Lane.COMPUTE,
+    Kind.RECEIVE_HIDDEN: Lane.RECEIVE,
+    Kind.SEND_HIDDEN: Lane.SEND,
+    Kind.RECEIVE_TOKENS: Lane.RECEIVE,
+    Kind.SEND_TOKENS: Lane.SEND,
+    Kind.ALL_REDUCE: Lane.REDUCE,
     Kind.COMMIT: Lane.HOST,
     Kind.BARRIER: Lane.HOST,
 }
@@ -97,6 +137,7 @@ class Pool(StrEnum):
     KV_WRITE_STAGE = "kv_write_stage"
     ATTENTION_SLOT = "attention_slot"  # a micro-batch's queries between a layer's segments
     QUERY_STAGE = "query_stage"  # those of rows that attend on the CPU, there
+    PARTIAL_SLOT = "partial_slot"  # a shard's part of what is added to a micro-batch's hidden
     HIDDEN = "hidden"  # home of a micro-batch's hidden
     HIDDEN_SLOT = "hidden_slot"
     HIDDEN_READ_STAGE = "hidden_read_stage"
@@ -106,13 +147,14 @@ class Pool(StrEnum):
     TOKENS = "tokens"
     HOST_TOKENS = "host_tokens"
     ROWS = "rows"
+    ORDER = "order"  # of ops that meet others' on a lane: each one "writes" what the next one does
 
 
 Resource = tuple[Pool, int | str, int, int]
 
 
 class Wait(NamedTuple):
-    """One dependency: the op waited for, and why, like "produced:weight_slot"."""
+    """One dependency: the op waited for, and why, like "produced:weight_slot" or "order:send"."""
 
     op: int
     why: str
@@ -141,6 +183,8 @@ class Op:
     stage_slot: int | None = None
     attention_slot: int | None = None
     segment: Segment | None = None  # None: the whole layer
+    batches: tuple[MicroBatch, ...] = ()  # of a message that is about several
+    partial_slot: int | None = None
 
     @property
     def lane(self) -> Lane:

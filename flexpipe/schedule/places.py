@@ -1,9 +1,10 @@
 """Who sits in which place of a block, and what each row computes next: counts, no tokens.
 
-Requests take places in the order of the queue. A step is formed micro-batch by micro-batch as
-tokens come back: rows that have one token to go decode it, the rest of the micro-batch's new tokens
-is filled with prompts, in chunks where they are long. A row that leaves makes room for the next in
-the queue. The job and a prediction of it share this, so that both see the same steps.
+Requests take places in the order of the queue. Blocks in flight take turns, a step each. A step is
+formed micro-batch by micro-batch as tokens come back: rows that have one token to go decode it, the
+rest of the micro-batch's new tokens is filled with prompts, in chunks where they are long. A row
+that leaves makes room for the next in the queue. The job and a prediction of it share this, so that
+both see the same steps.
 
 `steps` may be called by another thread than the rest; whoever changes rows holds `lock`.
 """
@@ -181,7 +182,8 @@ class Places(Generic[T]):
         return MicroBatch(mb, tuple(self._make_row(mb, part) for part in parts.parts))
 
     def _step(self, index: int) -> Iterator[MicroBatch | None]:
-        for mb in range(len(self._rows)):
+        blocks = self._plan.blocks
+        for mb in blocks[index % len(blocks)]:
             while True:
                 with self.lock:
                     waiting = mb in self._in_flight

@@ -1,23 +1,29 @@
 """Plays ops against costs: when each would run, and how busy every lane and link is.
 
 The ops are the very ones the executor runs, taken as its dispatcher takes them: a bounded number
-ahead, and not past a micro-batch whose rows a COMMIT has yet to make known. Lanes perform them in
-the order they become ready. Ops that run at the same time share links, and slow each other down as
-the costs say: every op has an amount of work, and its speed is settled anew whenever another one
-starts or ends.
+ahead, and not past a micro-batch whose rows a COMMIT has yet to make known. Of those that are ready
+a lane performs the one that was issued first. Ops that run at the same time share links, and slow
+each other down as the costs say: every op has an amount of work, and its speed is settled anew
+whenever another one starts or ends.
+
+The ranks of a pipeline are played together, each with its own ops, lanes and links. Messages couple
+them: the n-th that a rank sends is the n-th that the next one receives, and it moves once both have
+come to it. Whoever waits for steps that rank 0 has yet to form asks again when rank 0 went on.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 
 from flexpipe.schedule.op import LANE_OF, Kind, Lane, Op
 from flexpipe.schedule.step import MicroBatch
 
 RUN_AHEAD = 512  # ops taken and not done
 _NEVER = float("inf")  # seconds
+COMPUTING = (Lane.COMPUTE, Lane.ATTEND_CPU)  # a rank that does neither idles
 
 Pairs = Mapping[tuple[str, str], float]
 
@@ -39,6 +45,21 @@ class Cost:
 
 
 CostOf = Callable[[Op], Cost]
+OnCommit = Callable[[MicroBatch, float], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankOps:
+    """What one rank plays, and the machine it has for it.
+
+    `hop_s` passes between an op's end and the start of one on another, idle lane that waited for
+    it.
+    """
+
+    ops: Iterator[Op | None]
+    cost_of: CostOf
+    slowdown: Pairs
+    hop_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +73,12 @@ class SimulatedSpan:
 
 @dataclass(slots=True)
 class Simulated:
-    """What a schedule came to. `work_s` is what each lane's ops would take alone, `link_work_s`
-    what each link's: no schedule is faster than the largest of them."""
+    """What a rank's schedule came to. `work_s` is what each lane's ops would take alone,
+    `link_work_s` what each link's: no schedule is faster than the largest of them. `seconds` pass
+    from the first op of any rank to the last of any, `active_s` of them in computing."""
 
     seconds: float = 0.0
+    active_s: float = 0.0
     work_s: dict[Lane, float] = field(default_factory=lambda: defaultdict(float))
     num_ops: dict[Lane, int] = field(default_factory=lambda: defaultdict(int))
     busy_s: dict[Lane, float] = field(default_factory=lambda: defaultdict(float))
@@ -64,10 +87,16 @@ class Simulated:
     link_busy_s: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     spans: list[SimulatedSpan] = field(default_factory=list)
 
+    @property
+    def bubble(self) -> float:
+        """Share of the time in which the rank computed nothing."""
+        return 1 - self.active_s / self.seconds if self.seconds else 0.0
+
 
 @dataclass(slots=True)
 class _Running:
-    """An op on its lane: `hop_s` until it may begin, then `left_s` of work at `speed`."""
+    """An op on its lane: `hop_s` until it may begin, then `left_s` of work at `speed`. A message
+    that has come to its turn (`is_due`) begins when the other side has too."""
 
     op: Op
     cost: Cost
@@ -75,6 +104,7 @@ class _Running:
     left_s: float
     start_s: float
     speed: float = 1.0
+    is_due: bool = False
 
 
 @dataclass(slots=True)
@@ -90,62 +120,129 @@ def simulate(
     *,
     slowdown: Pairs,
     hop_s: float = 0.0,
-    on_commit: Callable[[MicroBatch, float], None] = lambda batch, now_s: None,
+    on_commit: OnCommit = lambda batch, now_s: None,
     keep_spans: bool = False,
 ) -> Simulated:
-    """Play all ops to the last COMMIT; loads that nobody waits for are dropped, as in a run.
-
-    `hop_s` passes between an op's end and the start of one on another, idle lane that waited for
-    it. `on_commit` is told when a micro-batch's tokens are known, before more ops are taken.
+    """Play all ops of a rank that is alone, to the last COMMIT; loads that nobody waits for are
+    dropped, as in a run. `on_commit` is told when a micro-batch's tokens are known, before more ops
+    are taken.
     """
-    return _Simulation(ops, cost_of, slowdown, hop_s, on_commit, keep_spans).run()
+    part = RankOps(ops=ops, cost_of=cost_of, slowdown=slowdown, hop_s=hop_s)
+    return simulate_ranks([part], on_commit=on_commit, keep_spans=keep_spans)[0]
 
 
-class _Simulation:
-    def __init__(
-        self,
-        ops: Iterator[Op | None],
-        cost_of: CostOf,
-        slowdown: Pairs,
-        hop_s: float,
-        on_commit: Callable[[MicroBatch, float], None],
-        keep_spans: bool,
-    ) -> None:
-        self._ops = ops
-        self._cost_of = cost_of
-        self._slowdown = slowdown
-        self._hop_s = hop_s
+def simulate_ranks(
+    parts: Sequence[RankOps],
+    *,
+    on_commit: OnCommit = lambda batch, now_s: None,
+    keep_spans: bool = False,
+) -> list[Simulated]:
+    """Play all ops of all ranks, to the last COMMIT of rank 0."""
+    ranks = [_Rank(part, on_commit, keep_spans) for part in parts]
+    if len(ranks) > 1:
+        for one, other in zip(ranks, ranks[1:] + ranks[:1], strict=True):
+            one.edges[Lane.SEND] = other.edges[Lane.RECEIVE] = _Edge(one, other)
+    first, *others = ranks
+    for rank in ranks:
+        rank.take()
+    while not first.is_over:
+        rank = min(ranks, key=lambda rank: rank.next_s)
+        if rank.next_s == _NEVER:
+            assert not others, "every rank waits for another one"
+            break
+        if rank.play() and rank is first:
+            for other in others:
+                other.take_news(first.now_s)
+    for rank in ranks:
+        rank.made.seconds = first.now_s
+    return [rank.made for rank in ranks]
+
+
+class _Edge:
+    """The messages from a rank to the next one: how many either side has come to."""
+
+    def __init__(self, sender: _Rank, receiver: _Rank) -> None:
+        self._sides = {Lane.SEND: sender, Lane.RECEIVE: receiver}
+        self._num_begun = {Lane.SEND: 0, Lane.RECEIVE: 0}
+
+    def begin(self, lane: Lane, now_s: float) -> bool:
+        """One side comes to its next message; whether the other one is there already, which then
+        goes on."""
+        other = Lane.RECEIVE if lane == Lane.SEND else Lane.SEND
+        self._num_begun[lane] += 1
+        if self._num_begun[lane] > self._num_begun[other]:
+            return False
+        self._sides[other].go_on(other, now_s)
+        return True
+
+
+class _Rank:
+    """The ops of one rank in flight, at its own `now_s`; others may be further."""
+
+    def __init__(self, part: RankOps, on_commit: OnCommit, keep_spans: bool) -> None:
+        self.now_s = 0.0
+        self.made = Simulated()
+        self.is_over = False
+        self.edges: dict[Lane, _Edge] = {}
+        self._ops = part.ops
+        self._cost_of = part.cost_of
+        self._slowdown = part.slowdown
+        self._hop_s = part.hop_s
         self._on_commit = on_commit
         self._keep_spans = keep_spans
-        self._now_s = 0.0
-        self._made = Simulated()
         self._pending: dict[int, _Waiting] = {}
-        self._queues: dict[Lane, deque[tuple[Op, float]]] = {lane: deque() for lane in Lane}
+        self._ready: dict[Lane, list[tuple[int, Op, float]]] = {lane: [] for lane in Lane}  # heaps
         self._running: dict[Lane, _Running] = {}
-        self._is_over = False
-        self._is_blocked = False  # until the next COMMIT
+        self._is_blocked = False  # until the next COMMIT, or news of one
+        self._step_s = _NEVER  # to the next moment at which an op begins or ends
         self._speeds: dict[tuple[tuple[str, str, float], ...], tuple[float, ...]] = {}
 
-    def run(self) -> Simulated:
-        self._take()
-        while self._running and not self._is_over:
-            self._advance()
-        self._made.seconds = self._now_s
-        return self._made
+    @property
+    def next_s(self) -> float:
+        return self.now_s + self._step_s
 
-    def _take(self) -> None:
+    def play(self) -> bool:
+        """To the next moment at which an op begins or ends; whether that made room for more ops."""
+        self._move(self._step_s)
+        ended = []
+        for lane, one in self._running.items():
+            if one.hop_s <= 0 and one.left_s <= 1e-12:
+                ended.append(lane)
+        for lane in ended:
+            self._end(self._running.pop(lane))
+        num_taken = self.take()
+        return num_taken > 0 or self.is_over
+
+    def take_news(self, now_s: float) -> None:
+        """Ask again for what was not known."""
+        if self._is_blocked:
+            self._move(now_s - self.now_s)
+            self._is_blocked = False
+            self.take()
+
+    def go_on(self, lane: Lane, now_s: float) -> None:
+        """The message that this lane waited to hand over, or for, moves from now on."""
+        self._move(now_s - self.now_s)
+        self._running[lane].hop_s = 0.0
+        self._settle()
+
+    def take(self) -> int:
         """Take ops as far as the dispatcher would, and start what can start."""
-        while not self._is_over and not self._is_blocked and len(self._pending) < RUN_AHEAD:
+        num_taken = 0
+        while not self.is_over and not self._is_blocked and len(self._pending) < RUN_AHEAD:
             try:
                 op = next(self._ops)
             except StopIteration:
-                self._is_over = True
+                self.is_over = True
                 break
             if op is None:
                 self._is_blocked = True
                 break
             self._submit(op)
+            num_taken += 1
         self._start_idle()
+        self._settle()
+        return num_taken
 
     def _submit(self, op: Op) -> None:
         waiting = _Waiting(op, 0)
@@ -156,23 +253,20 @@ class _Simulation:
                 waiting.num_unmet += 1
         self._pending[op.id] = waiting
         if not waiting.num_unmet:
-            self._queues[op.lane].append((op, self._now_s))
+            heappush(self._ready[op.lane], (op.id, op, self.now_s))
 
     def _start_idle(self) -> None:
-        changed = False
-        for lane, queue in self._queues.items():
-            if queue and lane not in self._running:
-                op, since_s = queue.popleft()
+        for lane, ready in self._ready.items():
+            if ready and lane not in self._running:
+                _, op, since_s = heappop(ready)
                 cost = self._cost_of(op)
-                hop_s = max(0.0, since_s + self._hop_s - self._now_s)
-                start_s = self._now_s + hop_s
+                hop_s = max(0.0, since_s + self._hop_s - self.now_s)
+                start_s = self.now_s + hop_s
                 self._running[lane] = _Running(op, cost, hop_s, cost.seconds, start_s)
-                changed = True
-        if changed:
-            self._settle()
 
     def _settle(self) -> None:
-        """Each running op's speed beside the others."""
+        """Each running op's speed beside the others, and when the next one begins or ends."""
+        self._meet()
         running = self._running.values()
         key = tuple(
             ("", "", 0.0) if one.hop_s > 0 else (one.cost.activity, one.cost.link, one.cost.duty)
@@ -181,8 +275,20 @@ class _Simulation:
         speeds = self._speeds.get(key)
         if speeds is None:
             speeds = self._speeds[key] = tuple(self._speed(key, i) for i in range(len(key)))
+        step_s = _NEVER
         for one, speed in zip(running, speeds, strict=True):
             one.speed = speed
+            step_s = min(step_s, one.hop_s if one.hop_s > 0 else one.left_s / speed)
+        self._step_s = max(0.0, step_s)
+
+    def _meet(self) -> None:
+        """Messages whose turn has come wait for the other side."""
+        for lane, edge in self.edges.items():
+            one = self._running.get(lane)
+            if one is not None and one.hop_s <= 0 and not one.is_due:
+                one.is_due, one.hop_s = True, _NEVER
+                if edge.begin(lane, self.now_s):
+                    one.hop_s = 0.0
 
     def _speed(self, key: tuple[tuple[str, str, float], ...], index: int) -> float:
         activity, link, duty = key[index]
@@ -193,29 +299,22 @@ class _Simulation:
                 factor *= 1 + (self._slowdown.get((activity, beside), 1.0) - 1) * part
         return 1 / (sharing * max(1.0, duty * factor))
 
-    def _advance(self) -> None:
-        """To the next moment at which an op begins or ends."""
-        step_s = _NEVER
-        for one in self._running.values():
-            left_s = one.hop_s if one.hop_s > 0 else one.left_s / one.speed
-            step_s = min(step_s, left_s)
-        self._now_s += step_s
-        ended = []
+    def _move(self, step_s: float) -> None:
+        """So much time passes, in which no op ends."""
+        self.now_s += step_s
+        active = False
         for lane, one in self._running.items():
             if one.hop_s > 0:
                 one.hop_s = 0.0 if one.hop_s <= step_s else one.hop_s - step_s
             else:
                 one.left_s -= step_s * one.speed
-            if one.hop_s <= 0 and one.left_s <= 1e-12:
-                ended.append(lane)
-        for lane in ended:
-            self._end(self._running.pop(lane))
-        self._take()
-        self._settle()
+                active = active or lane in COMPUTING
+        if active:
+            self.made.active_s += step_s
 
     def _end(self, one: _Running) -> None:
-        op, made, cost = one.op, self._made, one.cost
-        took_s = self._now_s - one.start_s
+        op, made, cost = one.op, self.made, one.cost
+        took_s = self.now_s - one.start_s
         made.num_ops[LANE_OF[op.kind]] += 1
         made.busy_s[LANE_OF[op.kind]] += took_s
         made.work_s[LANE_OF[op.kind]] += cost.seconds
@@ -224,15 +323,15 @@ class _Simulation:
             made.link_busy_s[cost.link] += took_s
             made.link_work_s[cost.link] += cost.seconds
         if self._keep_spans:
-            made.spans.append(SimulatedSpan(op, one.start_s, self._now_s))
+            made.spans.append(SimulatedSpan(op, one.start_s, self.now_s))
         if op.kind == Kind.COMMIT:
             assert op.batch is not None
-            self._on_commit(op.batch, self._now_s)
+            self._on_commit(op.batch, self.now_s)
             self._is_blocked = False
         for dependent in self._pending.pop(op.id).dependents:
             waiting = self._pending[dependent]
             waiting.num_unmet -= 1
             if not waiting.num_unmet:
                 after = waiting.op
-                since_s = -_NEVER if after.lane == op.lane else self._now_s
-                self._queues[after.lane].append((after, since_s))
+                since_s = -_NEVER if after.lane == op.lane else self.now_s
+                heappush(self._ready[after.lane], (after.id, after, since_s))

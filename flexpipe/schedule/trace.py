@@ -35,9 +35,17 @@ _COLOURS: Mapping[Kind, str] = {
     Kind.COMPUTE: "#2171b5",
     Kind.SAMPLE: "#6baed6",
     Kind.FETCH_TOKENS: "#9ecae1",
+    Kind.RECEIVE_HIDDEN: "#fed976",
+    Kind.SEND_HIDDEN: "#feb24c",
+    Kind.RECEIVE_TOKENS: "#e7cb94",
+    Kind.SEND_TOKENS: "#bd9e39",
+    Kind.ALL_REDUCE: "#fb9a99",
     Kind.COMMIT: "#737373",
     Kind.BARRIER: "#252525",
 }
+
+
+Event = dict[str, object]
 
 
 class Timed(Protocol):
@@ -52,33 +60,71 @@ class Timed(Protocol):
 
 
 def write_trace(path: Path, spans: Sequence[Timed], plan: Plan) -> None:
-    """Draw `spans` into a .json, .png or .svg file."""
+    """Draw the `spans` of one stage into a .json, .png or .svg file."""
+    write_traces(path, [spans], [plan])
+
+
+def write_traces(path: Path, stages: Sequence[Sequence[Timed]], plans: Sequence[Plan]) -> None:
+    """The same of all stages: a process each in a trace, one below the other in a picture."""
+    if path.suffix == ".json":
+        write_events(path, perfetto(stages, plans))
+        return
     try:
-        if path.suffix == ".json":
-            path.write_text(json.dumps(perfetto(spans, plan)), encoding="utf-8")
-        else:
-            _draw(path, spans)
+        _draw(path, stages)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from error
 
 
-def perfetto(spans: Sequence[Timed], plan: Plan) -> dict[str, object]:
-    """The Trace Event Format: complete events in microseconds, a thread per lane."""
+def write_events(path: Path, events: Sequence[Event]) -> None:
+    """A trace as JSON."""
+    try:
+        content = {"traceEvents": events, "displayTimeUnit": "ms"}
+        path.write_text(json.dumps(content), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def perfetto(stages: Sequence[Sequence[Timed]], plans: Sequence[Plan]) -> list[Event]:
+    """The Trace Event Format: complete events in microseconds, a process per stage, a thread per
+    lane."""
+    names = [f"stage {plan.rank}" if len(plans) > 1 else None for plan in plans]
+    return [
+        event
+        for spans, plan, name in zip(stages, plans, names, strict=True)
+        for event in stage_events(spans, plan, plan.rank, name)
+    ]
+
+
+def stage_events(spans: Sequence[Timed], plan: Plan, process: int, name: str | None) -> list[Event]:
+    """The events of one stage, as process number `process` of that name."""
     used = [lane for lane in Lane if any(span.op.lane == lane for span in spans)]
-    names: list[dict[str, object]] = [
-        {"ph": "M", "name": "thread_name", "pid": 0, "tid": tid, "args": {"name": lane.value}}
+    process_name = {"ph": "M", "name": "process_name", "pid": process, "args": {"name": name}}
+    names: list[Event] = [
+        {
+            "ph": "M",
+            "name": "thread_name",
+            "pid": process,
+            "tid": tid,
+            "args": {"name": lane.value},
+        }
         for tid, lane in enumerate(used)
     ]
-    order: list[dict[str, object]] = [
-        {"ph": "M", "name": "thread_sort_index", "pid": 0, "tid": tid, "args": {"sort_index": tid}}
+    order: list[Event] = [
+        {
+            "ph": "M",
+            "name": "thread_sort_index",
+            "pid": process,
+            "tid": tid,
+            "args": {"sort_index": tid},
+        }
         for tid in range(len(used))
     ]
-    events: list[dict[str, object]] = [
+    events: list[Event] = [
         {
             "ph": "X",
             "name": _name(span.op, plan),
             "cat": span.op.kind.value,
-            "pid": 0,
+            "pid": process,
             "tid": used.index(span.op.lane),
             "ts": round(span.start_s * 1e6, 3),
             "dur": round((span.end_s - span.start_s) * 1e6, 3),
@@ -86,7 +132,7 @@ def perfetto(spans: Sequence[Timed], plan: Plan) -> dict[str, object]:
         }
         for span in spans
     ]
-    return {"traceEvents": [*names, *order, *events], "displayTimeUnit": "ms"}
+    return [*([process_name] if name else []), *names, *order, *events]
 
 
 def _name(op: Op, plan: Plan) -> str:
@@ -103,7 +149,7 @@ def _args(op: Op, plan: Plan) -> dict[str, object]:
     return args
 
 
-def _draw(path: Path, spans: Sequence[Timed]) -> None:
+def _draw(path: Path, stages: Sequence[Sequence[Timed]]) -> None:
     try:
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
@@ -111,18 +157,22 @@ def _draw(path: Path, spans: Sequence[Timed]) -> None:
         raise InputError(
             f"{path} needs matplotlib: pip install 'flexpipe[plot]', or write a .json trace"
         ) from None
-    used = [lane for lane in Lane if any(span.op.lane == lane for span in spans)]
-    kinds = [kind for kind in Kind if any(span.op.kind == kind for span in spans)]
-    figure = Figure(figsize=(14, 1.2 + 0.55 * len(used)), layout="constrained")
+    rows = [
+        (f"{rank} " * (len(stages) > 1) + lane.value, mine)
+        for rank, spans in enumerate(stages)
+        for lane in Lane
+        if (mine := [span for span in spans if span.op.lane == lane])
+    ]
+    kinds = [kind for kind in Kind if any(s.op.kind == kind for _, mine in rows for s in mine)]
+    figure = Figure(figsize=(14, 1.2 + 0.55 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    for row, lane in enumerate(used):
-        mine = [span for span in spans if span.op.lane == lane]
+    for row, (_, mine) in enumerate(rows):
         axes.broken_barh(
             [(span.start_s, span.end_s - span.start_s) for span in mine],
             (row - 0.4, 0.8),
             facecolors=[_COLOURS[span.op.kind] for span in mine],
         )
-    axes.set_yticks(range(len(used)), [lane.value for lane in used])
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
     axes.invert_yaxis()
     axes.set_xlabel("seconds")
     figure.legend(

@@ -10,7 +10,8 @@ import pytest
 
 from flexpipe.cli.demo import MAX_TOKENS, MODEL
 from flexpipe.demo.tickets import Ticket, tickets
-from flexpipe.job.run import Probes, run_job
+from flexpipe.job.probes import Probes
+from flexpipe.job.run import run_job
 from flexpipe.job.spec import JobSpec
 from flexpipe.plan.hardware import Emulation
 from flexpipe.plan.policy import percent_shares

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from flexpipe.job.batcher import Admitted, Batcher, Entry, Finished
 from flexpipe.job.params import SamplingParams
+from flexpipe.plan.pipeline import Pipeline
 from flexpipe.plan.plan import Plan
 from flexpipe.runtime.stage import SampledToken
 from flexpipe.schedule.step import MicroBatch, Row
@@ -37,8 +39,9 @@ def admitted(entry: Entry) -> Admitted:
     )
 
 
-def plan_for(requests: Sequence[Entry], **knobs: int) -> Plan:
-    return tiny_plan(needs=[request.need for request in requests], **knobs)
+def plan_for(requests: Sequence[Entry], *, num_blocks: int = 1, **knobs: int) -> Plan:
+    pipeline = Pipeline.whole(3, num_blocks=num_blocks)
+    return tiny_plan(needs=[request.need for request in requests], pipeline=pipeline, **knobs)
 
 
 @dataclass
@@ -332,6 +335,34 @@ def test_latency_is_counted_from_the_step_that_takes_a_request(
     job.run()
     # seated in step 1 and 3, which had not been counted yet; the last tokens came in 2 and 3
     assert job.batcher.latency_s == pytest.approx((2 + 1) / 2)
+
+
+@given(
+    needs=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 5)), min_size=1, max_size=14),
+    num_blocks=st.integers(1, 4),
+    size=st.integers(1, 2),
+)
+def test_blocks_take_turns_and_every_request_is_answered_once(needs, num_blocks, size):
+    requests = [request(index, *need) for index, need in enumerate(needs)]
+    plan = plan_for(requests, num_blocks=num_blocks, micro_batch_size=size, num_micro_batches=2)
+    ended: list[Finished] = []
+    batcher = Batcher(plan, requests, admitted, ended.append)
+    out: list[MicroBatch] = []
+    for index in count():
+        batches = batcher.steps(index)
+        if batches is None:
+            break
+        for batch in batches:
+            if batch is None:  # its own tokens are awaited, whatever else is on its way
+                mine = [one for one in out if one.index in plan.blocks[index % num_blocks]]
+                back = mine[0]
+                out.remove(back)
+                batcher.commit(back, [SampledToken(r, 7, True) for r in back.rows if r.sampled])
+                continue
+            assert batch.index in plan.blocks[index % num_blocks]
+            out.append(batch)
+    assert not out
+    assert sorted(end.request.entry.index for end in ended) == list(range(len(needs)))
 
 
 def test_a_job_that_ended_nothing_has_no_latency() -> None:

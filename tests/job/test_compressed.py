@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from flexpipe.errors import InputError, ModelError, PlanError
-from flexpipe.job.run import Probes
+from flexpipe.job.probes import Probes
 from flexpipe.memory.disk import DiskFile
 from flexpipe.plan.codec import Codec
 from flexpipe.plan.layout import Part
@@ -225,7 +225,7 @@ def test_a_damaged_file_is_noticed_by_the_next_run(
     given = {**percent_shares((0, 0, 0, 100, 0, 100)), **BOTH}
     prompts = ragged_prompts((20, 7))
     _, before = run(hf_checkpoint("qwen2"), tmp_path, prompts, "cpu", given)
-    files = sorted((tmp_path / "offload/cache/compressed").glob("*[!k]"))
+    files = sorted((tmp_path / "offload/cache/forms").glob("*[!k]"))
     for path in files[::2]:
         data = bytearray(path.read_bytes())
         data[5000] ^= 0xFF
@@ -243,9 +243,9 @@ def test_a_plan_is_refused_before_anything_is_compressed(
     with pytest.raises(PlanError, match="gpu needs"):
         run(hf_checkpoint("llama3"), tmp_path, [[5] * 20], "emulated", given)
     given = {**percent_shares((0, 100, 0, 100, 0, 100)), **BOTH, "disk_mem": 4096}
-    with pytest.raises(PlanError, match=r"disk needs .*\(compressed weights .* KiB\)"):
+    with pytest.raises(PlanError, match=r"disk needs .*\(weights to compress or repack .* KiB\)"):
         run(hf_checkpoint("llama3"), tmp_path, [[5] * 20], "cpu", given)
-    assert not (tmp_path / "offload/cache/compressed").exists()
+    assert not (tmp_path / "offload/cache/forms").exists()
 
 
 def test_what_the_disk_takes_is_what_was_planned(
@@ -254,7 +254,7 @@ def test_what_the_disk_takes_is_what_was_planned(
     given = {**percent_shares((0, 100, 0, 100, 0, 100)), **BOTH}
     report, _ = run(hf_checkpoint("llama3"), tmp_path, [[5] * 20], "cpu", given)
     (disk,) = (use for use in report.tiers if use.tier == "disk")
-    files = (tmp_path / "offload/cache/compressed").glob("*[!k]")
+    files = (tmp_path / "offload/cache/forms").glob("*[!k]")
     assert disk.measured_bytes == disk.planned_bytes == sum(path.stat().st_size for path in files)
     report, _ = run(hf_checkpoint("llama3"), tmp_path, [[5] * 20], "cpu", given)
     assert "disk" not in {use.tier for use in report.tiers}
@@ -293,5 +293,5 @@ def test_the_layers_of_a_dummy_share_their_files(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(shape))
     given = {"compress_weight": "4", **percent_shares((0, 0, 0, 100, 0, 100))}
     run(tmp_path, tmp_path, [[5] * 20], "cpu", given, load_format="dummy")
-    files = list((tmp_path / "offload/cache/compressed").glob("*[!k]"))
+    files = list((tmp_path / "offload/cache/forms").glob("*[!k]"))
     assert len(files) == 7  # q, k, v, o, gate, up, down

@@ -14,8 +14,9 @@ import yaml
 from flexpipe.errors import RunError
 from flexpipe.job import expectation
 from flexpipe.job.expectation import eta
+from flexpipe.job.probes import Probes
 from flexpipe.job.report import Report
-from flexpipe.job.run import Probes, run_job
+from flexpipe.job.run import run_job
 from flexpipe.job.spec import JobSpec
 from flexpipe.plan.block import Need
 from flexpipe.plan.hardware import Emulation
@@ -58,13 +59,13 @@ def spec(hf_checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[..., Jo
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[Need]]:
     """The needs of every prediction that is made."""
-    real, seen = expectation.predict, list[list[Need]]()
+    real, seen = expectation.predict_stages, list[list[Need]]()
 
-    def predict(plan: object, needs: Sequence[Need], *rest: Any, **more: Any) -> Prediction:
+    def predict(stages: Any, needs: Sequence[Need], **how: Any) -> Prediction:
         seen.append(list(needs))
-        return real(plan, needs, *rest, **more)  # type: ignore[arg-type]
+        return real(stages, needs, **how)
 
-    monkeypatch.setattr(expectation, "predict", predict)
+    monkeypatch.setattr(expectation, "predict_stages", predict)
     return seen
 
 
@@ -190,6 +191,7 @@ def test_the_eta_speaks_of_time_in_words() -> None:
         link_bytes={},
         tier_bytes={},
         num_simulated=1,
+        stages=(),
     )
     assert eta(made) == (
         "predicted 2.0 tokens/s, 1 h 7 min in all, 30 s of it to load; bottleneck h2d, 90% of its "

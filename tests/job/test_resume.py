@@ -15,8 +15,9 @@ import pytest
 
 from flexpipe.errors import InputError, RunError
 from flexpipe.job.journal import SystemCalls, path_for
+from flexpipe.job.probes import Probes
 from flexpipe.job.report import Report
-from flexpipe.job.run import Probes, run_job
+from flexpipe.job.run import run_job
 from flexpipe.job.spec import JobSpec
 from flexpipe.schedule.op import Kind, Op
 from tests.hf import ragged_prompts

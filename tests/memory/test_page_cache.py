@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from flexpipe.job.measure import DISK_BOUND_SHARE
+from flexpipe.job.probes import Probes
 from flexpipe.job.report import Report
-from flexpipe.job.run import Probes, run_job
+from flexpipe.job.run import run_job
 from flexpipe.job.spec import JobSpec
 from flexpipe.memory import disk
 from flexpipe.memory.disk import physical_bytes_read

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from flexpipe.errors import ModelError
-from flexpipe.memory.compressed import CompressedCache
 from flexpipe.memory.dummy import dummy_tensors, find_shape
+from flexpipe.memory.form import FormCache
 from flexpipe.memory.paper import paper_forms, paper_tensors, tensors_of
 from flexpipe.model.families import read_config
 from flexpipe.plan.codec import Codec
@@ -36,7 +36,7 @@ def test_tensors_on_paper_do_not_overlap() -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_form_on_paper_has_the_bytes_of_the_file_that_would_be_made(tmp_path, bits) -> None:
     config, codec = tiny_config(), Codec(bits=bits, group_size=32)
-    cache = CompressedCache(tmp_path, paper_tensors(config), lambda: "identity")
+    cache = FormCache(tmp_path, paper_tensors(config), lambda: "identity")
     form_of = paper_forms(config)
     for spec in filter(is_shared, model_tensors(config)):
         real, paper = cache.locate(spec.name, codec), form_of(spec.name, codec)

@@ -7,7 +7,7 @@ chunks, decode beside others that prefill, and wait for a step.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flexpipe.kernels.codec import compress
+from flexpipe.memory.checkpoint import open_directory
+from flexpipe.memory.disk import DiskReader
+from flexpipe.memory.form import read_rows
+from flexpipe.memory.shards import shard_tensors
+from flexpipe.memory.tier import torch_dtype
 from flexpipe.model import config as model_config
 from flexpipe.model import segments
-from flexpipe.model.config import ModelConfig, TensorSpec
+from flexpipe.model.config import ModelConfig, Shard, TensorSpec, shard_config
 from flexpipe.model.cost import workspace_bytes
 from flexpipe.model.families import read_config
 from flexpipe.model.matmul import CompressedWeight
@@ -32,9 +37,10 @@ from flexpipe.model.segments import (
     Workspace,
 )
 from flexpipe.plan.codec import Codec
-from flexpipe.plan.placement import is_shared
+from flexpipe.plan.placement import is_shared, model_tensors
 
 GARBAGE = 9.0  # what the KV arena holds where nothing was written
+Runs = Sequence[Sequence[tuple[int, Sequence[int]]]]
 NO_NUMBERS = 255  # … where bytes stand for numbers: none that is one
 
 
@@ -45,8 +51,28 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def read_shard(directory: Path, whole: ModelConfig, config: ModelConfig) -> dict[str, Tensor]:
+    """A shard's tensors, read as parts of the checkpoint's."""
+    stored = open_directory(directory).tensors
+    named = {spec.name: stored[spec.name] for spec in model_tensors(whole)}
+    tensors = {}
+    with DiskReader() as reader:
+        for name, part in shard_tensors(config, named).items():
+            dtype = torch_dtype(part.dtype)
+            if len(part.shape) == 1:
+                room = torch.empty(part.num_bytes, dtype=torch.uint8)
+                reader.file(part.path).read_into(room.numpy(), part.offset)
+                tensors[name] = room.view(dtype)
+            else:
+                stride = part.stride or part.num_bytes // part.shape[0]
+                room = torch.empty(part.shape[0] * stride, dtype=torch.uint8)
+                rows = read_rows(part, 0, part.shape[0], room, reader)
+                tensors[name] = rows.clone()
+    return tensors
+
+
 class Decoder:
-    """A model in memory with room for `num_rows` rows of `region` tokens."""
+    """A model in memory, or a shard of one, with room for `num_rows` rows of `region` tokens."""
 
     def __init__(
         self,
@@ -59,9 +85,14 @@ class Decoder:
         compute: torch.dtype = torch.float32,
         max_tokens: int = 2048,
         codec: Codec | None = None,
+        shard: Shard = Shard(),  # noqa: B008
     ) -> None:
-        self.config: ModelConfig = read_config(json.loads((directory / "config.json").read_text()))
-        tensors = read_tensors(directory)
+        whole = read_config(json.loads((directory / "config.json").read_text()))
+        self.config: ModelConfig = shard_config(whole, shard)
+        if self.config.is_split:
+            tensors = read_shard(directory, whole, self.config)
+        else:
+            tensors = read_tensors(directory)
         if wire is not None:
             tensors = {name: tensor.to(wire) for name, tensor in tensors.items()}
         self._codec = codec
@@ -128,11 +159,12 @@ class Decoder:
             wire_bytes=max(dtype.itemsize for dtype in dtypes),
         )
 
-    @torch.inference_mode()
-    def step(
-        self, runs: Sequence[Sequence[tuple[int, Sequence[int]]]], sampled: Sequence[int]
-    ) -> Tensor:
+    def step(self, runs: Runs, sampled: Sequence[int]) -> Tensor:
         """Computes new tokens of adjacent rows, run by run; logits of the `sampled` rows."""
+        return run_together([self], runs, sampled)
+
+    def work(self, runs: Runs, sampled: Sequence[int]) -> Generator[Tensor, None, Tensor]:
+        """The same; yields what is to be summed over the shards, in place."""
         config, ws = self.config, self.ws
         spans = [
             [RowSpan(self.lengths[row], len(new), row in sampled) for row, new in run]
@@ -146,17 +178,35 @@ class Decoder:
         ws.reset()
         hidden = torch.empty(batch.num_tokens, config.hidden_size, dtype=self.compute)
         table = self.embed_tokens
+        absent = None
+        if config.is_split:
+            ids = ids - config.vocab_rows.start
+            absent = (ids < 0) | (ids >= len(config.vocab_rows))
+            ids = ids.masked_fill(absent, 0)
         rows = table.index_select(0, ids) if isinstance(table, Tensor) else table.take(ids)
-        segments.embed(rows, hidden, self.embed_weights, batch, config, ws)
+        segments.embed(rows, hidden, self.embed_weights, batch, config, ws, absent)
+        if config.is_split:
+            yield hidden
         for layer, weights in enumerate(self.layers):
             kvs = [self.arena[layer, run[0][0] : run[-1][0] + 1] for run in runs]
-            if layer != self.skipped_layer:
+            if config.is_split:
+                part = torch.full_like(hidden, GARBAGE)
+                segments.attention_half(hidden, weights, batch, kvs, config, layer, ws, part)
+                yield part
+                segments.after_attention(hidden.add_(part), weights, config, ws)
+                segments.mlp_half(hidden, weights, config, ws, part)
+                yield part
+                segments.after_mlp(hidden.add_(part), weights, config, ws)
+            elif layer != self.skipped_layer:
                 segments.decoder_layer(hidden, weights, batch, kvs, config, layer, ws)
         x = segments.head_input(hidden, batch.sample_index_S, self.head_weights, config, ws)
-        logits = torch.empty(batch.num_sampled, config.vocab_size, dtype=self.compute)
-        for first in range(0, config.vocab_size, 100):  # as a head off the device would stream
-            part = slice(first, first + 100)
-            segments.logits_slice(x, self.lm_head[part], logits[:, part], ws)
+        logits = torch.zeros(batch.num_sampled, config.vocab_size, dtype=self.compute)
+        own = logits[:, config.vocab_rows.start : config.vocab_rows.stop]
+        for first in range(0, len(config.vocab_rows), 100):  # as a head off the device would stream
+            part_V = slice(first, first + 100)
+            segments.logits_slice(x, self.lm_head[part_V], own[:, part_V], ws)
+        if config.is_split:
+            yield logits
         assert ws.mark() <= self.planned_bytes
         for run in runs:
             for row, new in run:
@@ -164,8 +214,41 @@ class Decoder:
         return logits
 
 
+class SplitDecoder:
+    """All shards of a model, step by step side by side."""
+
+    def __init__(self, directory: Path, size: int, *, num_rows: int, **how: Any) -> None:
+        shards = [Shard(index, size) for index in range(size)]
+        self.shards = [
+            Decoder(directory, num_rows=num_rows, shard=shard, **how) for shard in shards
+        ]
+
+    def step(self, runs: Runs, sampled: Sequence[int]) -> Tensor:
+        return run_together(self.shards, runs, sampled)
+
+
+@torch.inference_mode()
+def run_together(decoders: Sequence[Decoder], runs: Runs, sampled: Sequence[int]) -> Tensor:
+    """One step of all shards of a model; each takes what the others computed for every sum."""
+    works = [decoder.work(runs, sampled) for decoder in decoders]
+    while True:
+        parts, results = [], []
+        for work in works:
+            try:
+                parts.append(next(work))
+            except StopIteration as end:
+                results.append(end.value)
+        if results:
+            assert len(results) == len(works)
+            assert all(torch.equal(result, results[0]) for result in results)
+            return results[0]
+        total = torch.stack(parts).sum(0)
+        for part in parts:
+            part.copy_(total)
+
+
 def generate(
-    decoder: Decoder,
+    decoder: Decoder | SplitDecoder,
     prompts: Sequence[Sequence[int]],
     max_new: int,
     *,

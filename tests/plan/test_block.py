@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexpipe.errors import PolicyError
-from flexpipe.plan.block import KV_PAGE, MicroBatchPlan, Need, block_shape, longest_first
+from flexpipe.plan.block import KV_PAGE, MicroBatchPlan, Need, Queue, block_shape, longest_first
 from flexpipe.plan.policy import Policy, Shares
 from flexpipe.plan.tier import Tier
 
@@ -17,7 +17,7 @@ NEEDS = st.lists(
 
 
 def shape(policy: Policy, needs: list[Need]) -> tuple[MicroBatchPlan, ...]:
-    return block_shape(policy, needs, token_bytes=256, hidden_bytes=128)
+    return block_shape(policy, Queue.of(needs), token_bytes=256, hidden_bytes=128)
 
 
 @given(

@@ -71,7 +71,7 @@ def test_a_whole_share_takes_everything_and_none_takes_nothing(sizes):
 def placed(shares: Shares, *, layers: int = 40, **changes: object) -> Placement:
     config = tiny_config(num_hidden_layers=layers, **changes)
     return place_weights(
-        config,
+        model_tensors(config),
         shares,
         stored_tensors(config, "float16"),
         device_tier=Tier.GPU,
@@ -172,7 +172,7 @@ def test_weights_at_home_wait_in_the_compute_dtype_and_others_travel_small(
 ):
     config = tiny_config()
     placement = place_weights(
-        config,
+        model_tensors(config),
         Shares(gpu=0.4, cpu=0.3, disk=0.3),
         stored_tensors(config, "float16"),
         device_tier=tier,
@@ -189,7 +189,7 @@ def test_weights_at_home_wait_in_the_compute_dtype_and_others_travel_small(
 def test_wide_weights_are_narrowed_in_host_memory_but_not_on_disk():
     config = tiny_config()
     placement = place_weights(
-        config,
+        model_tensors(config),
         Shares(cpu=0.5, disk=0.5),
         stored_tensors(config, "float32"),
         device_tier=Tier.GPU,

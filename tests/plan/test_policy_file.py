@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,14 @@ from flexpipe.plan.policy import (
     Policy,
     Shares,
 )
-from flexpipe.plan.policy_file import MadeFor, PolicyFile, render_policy, write_whole
+from flexpipe.plan.policy_file import (
+    COMMON,
+    MadeFor,
+    PolicyFile,
+    render_policy,
+    render_stages,
+    write_whole,
+)
 from flexpipe.policy.shares import tidy
 from tests.schedule.plans import tiny_config
 
@@ -143,3 +151,44 @@ def test_a_file_is_written_whole_or_not_at_all(
     with pytest.raises(OSError, match="no"):
         write_whole(path, "after")
     assert path.read_text() == "before" and os.listdir(path.parent) == ["policy.yaml"]
+
+
+# -- stages ---------------------------------------------------------------------------------------
+
+
+@settings(max_examples=20)
+@given(policies=st.lists(POLICIES, min_size=2, max_size=4), num_chunks=st.integers(1, 3))
+def test_the_stages_of_a_pipeline_read_back_to_the_same_policies(policies, num_chunks) -> None:
+    shared = {name: getattr(policies[0], name) for name in COMMON}
+    policies = [replace(policy, **shared) for policy in policies]
+    layers = [[3 + stage + chunk for chunk in range(num_chunks)] for stage in range(len(policies))]
+    read = PolicyFile.of(yaml.safe_load(render_stages(policies, layers, TINY, ["Found"])))
+    assert [Policy(**{**read.knobs, **stage.knobs}) for stage in read.stages] == policies
+    assert [[*(stage.layers or ())] for stage in read.stages] == layers
+    in_order = [layers[stage][chunk] for chunk in range(num_chunks) for stage in range(len(layers))]
+    assert read.cut == tuple(in_order)
+
+
+def test_a_stage_may_say_little_and_the_cut_is_then_for_the_search() -> None:
+    content = {"prefetch_depth": 2, "stages": [{"layers": 5}, {"weights": {"cpu": 1.0}}]}
+    read = PolicyFile.of(content)
+    assert read.knobs == {"prefetch_depth": 2}
+    assert read.stages[1].knobs == {"weights": Shares(cpu=1.0)}
+    assert read.cut is None
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([{"strategy": "none"}], r"stages\[0\].strategy is the same for all stages"),
+        ([{}, {"micro_batch_size": 4}], r"stages\[1\].micro_batch_size is the same"),
+        ([{"weight": 1}], r"stages\[0\]: unknown field 'weight'; did you mean weights"),
+        ([{"layers": 0}], r"stages\[0\].layers is a whole number from 1"),
+        ([{"layers": [4, "5"]}], r"stages\[0\].layers is a whole number from 1"),
+        ([3], r"stages\[0\] must map field names"),
+        ({"a": 1}, "stages is a list"),
+    ],
+)
+def test_a_wrong_stage_is_refused_by_its_number(stages: Any, message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        PolicyFile.of({"stages": stages})

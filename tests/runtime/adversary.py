@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from flexpipe.job.run import Probes
+from flexpipe.job.probes import Probes
 from flexpipe.runtime.record import Recorder
 from flexpipe.schedule.check import without_edges
 from flexpipe.schedule.op import Kind, Lane, Op, Wait

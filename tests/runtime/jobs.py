@@ -13,8 +13,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from flexpipe.job.probes import Probes
 from flexpipe.job.report import Report
-from flexpipe.job.run import Probes, run_job
+from flexpipe.job.run import run_job
 from flexpipe.job.spec import JobSpec
 from flexpipe.plan.hardware import Emulation
 from flexpipe.plan.policy import percent_shares

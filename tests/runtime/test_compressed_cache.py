@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexpipe.errors import PlanError, PolicyError
-from flexpipe.job.run import Probes
+from flexpipe.job.probes import Probes
 from flexpipe.model import batch as batch_module
 from flexpipe.plan.codec import Codec
 from flexpipe.plan.plan import Plan

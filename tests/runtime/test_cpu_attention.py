@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from flexpipe.job.run import Probes
+from flexpipe.job.probes import Probes
 from flexpipe.model import batch as batch_module
 from flexpipe.plan.policy import percent_shares
 from flexpipe.runtime.stage import Stage

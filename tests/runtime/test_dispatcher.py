@@ -19,7 +19,7 @@ from flexpipe.plan.hardware import Emulation
 from flexpipe.runtime.device import Device, open_device
 from flexpipe.runtime.dispatcher import RUN_AHEAD, Dispatcher
 from flexpipe.runtime.record import Recorder
-from flexpipe.schedule.op import LANE_OF, Kind, Lane, Op, Wait
+from flexpipe.schedule.op import LANE_OF, PEER_LANES, Kind, Lane, Op, Wait
 
 ONE_KIND = {LANE_OF[kind]: kind for kind in Kind}  # no COMMIT: "not yet" waits for one
 
@@ -55,7 +55,7 @@ class Work:
 
 def dispatcher(work: Callable[[Op], None], device: Device | None = None) -> Dispatcher:
     device = device or open_device("emulated", Emulation())
-    return Dispatcher(device, work, Recorder(keep_spans=True))
+    return Dispatcher(device, work, Recorder(keep_spans=True), peer_lanes=PEER_LANES)
 
 
 def run(ops: Iterable[Op | None], work: Callable[[Op], None]) -> None:
@@ -136,6 +136,87 @@ def test_not_yet_waits_for_a_commit():
     run(ops(), work)
     assert asked_at == [1]
     assert set(work.ended) == {0, 1}
+
+
+def test_not_yet_waits_for_whatever_wakes_it_too():
+    """A stage that follows another one's steps has no COMMIT to wait for."""
+    work, news, made = Work(), threading.Event(), dispatcher(Work())
+
+    def tell() -> None:
+        news.set()
+        made.wake()
+
+    def ops() -> Iterator[Op | None]:
+        threading.Timer(0.05, tell).start()
+        while not news.is_set():
+            yield None
+        work(op(0))
+
+    made.run(ops())
+    assert set(work.ended) == {0}
+
+
+@pytest.mark.parametrize("kind", [Kind.SEND_HIDDEN, Kind.RECEIVE_TOKENS])
+def test_messages_on_their_way_are_waited_for_at_the_end(kind):
+    work = Work({0: 0.02, 1: 0.02})
+    run([op(0, kind), op(1, kind), op(2, Kind.READ_WEIGHT)], work)
+    assert {0, 1} <= set(work.ended)
+
+
+def test_a_run_that_fails_ends_the_messages_its_lanes_wait_in():
+    woken = threading.Event()
+
+    def work(op: Op) -> None:
+        if op.kind == Kind.RECEIVE_HIDDEN:
+            assert woken.wait(10)
+            raise Stopped("nobody will send")
+        raise ValueError("too hot")
+
+    made = Dispatcher(
+        open_device("emulated", Emulation()),
+        work,
+        Recorder(keep_spans=False),
+        peer_lanes=PEER_LANES,
+        end_messages=woken.set,
+    )
+    with pytest.raises(RunError, match="ValueError: too hot"):
+        made.run(iter([op(0, Kind.RECEIVE_HIDDEN), op(1, Kind.COMPUTE), None]))
+    assert made.stuck == []
+
+
+@pytest.mark.parametrize("error", [RunError("stage 2 failed"), Stopped("stage 2 failed")])
+def test_another_thread_may_end_a_run(error):
+    """Also where whoever does has stopped all waits before."""
+    device = open_device("emulated", Emulation())
+    made = dispatcher(Work(), device)
+
+    def end() -> None:
+        device.stop.set()
+        made.abort(error)
+
+    threading.Timer(0.05, end).start()
+
+    def ops() -> Iterator[Op | None]:
+        while True:
+            yield None
+
+    with pytest.raises(RunError, match=r"^stage 2 failed$"):
+        made.run(ops())
+
+
+def test_stages_without_neighbours_have_no_lanes_for_messages():
+    before = threading.active_count()
+    made = Dispatcher(open_device("cpu", None), Work(), Recorder(keep_spans=False))
+    seen: list[int] = []
+
+    def ops() -> Iterator[Op | None]:
+        seen.append(threading.active_count() - before)
+        yield op(0, Kind.COMMIT)
+        yield None
+
+    made.run(ops())
+    away = {Lane.LOAD_WEIGHT, Lane.LOAD_CACHE, Lane.STORE_CACHE, Lane.ATTEND_CPU}
+    assert seen == [len(set(Lane) - away - set(PEER_LANES))]
 
 
 def test_ops_are_taken_a_bounded_number_ahead():

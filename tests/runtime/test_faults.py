@@ -19,11 +19,12 @@ from typing import Any
 import pytest
 
 from flexpipe.errors import PlanError, RunError
-from flexpipe.job.run import Probes
+from flexpipe.job.probes import Probes
 from flexpipe.plan.policy import percent_shares
 from flexpipe.schedule.op import Kind, Op
 from tests.hf import CheckpointFactory, ragged_prompts
 from tests.runtime.jobs import EVERYWHERE, EVERYWHERE_ON_CPU, FAST, Runner
+from tests.schedule.plans import OF_ONE_STAGE
 from tests.warm import Finished
 
 PROMPTS = ragged_prompts([5, 9, 30, 70, 12, 40, 8, 20, 33])  # three rows for each micro-batch
@@ -32,7 +33,7 @@ ON_CPU = {Kind.READ_WEIGHT, Kind.READ_EMBED, Kind.READ_CACHE, Kind.WRITE_CACHE, 
 ON_CPU |= {Kind.WRITE_HIDDEN, Kind.COMPUTE, Kind.SAMPLE, Kind.FETCH_TOKENS, Kind.COMMIT}
 POLICIES: Mapping[str, Mapping[str, Any]] = {"emulated": EVERYWHERE, "cpu": EVERYWHERE_ON_CPU}
 FAULTS = [
-    *(("emulated", "event", kind) for kind in Kind if kind != Kind.BARRIER),
+    *(("emulated", "event", kind) for kind in OF_ONE_STAGE if kind != Kind.BARRIER),
     *(("cpu", "event", kind) for kind in Kind if kind in ON_CPU),
     ("emulated", "single", Kind.BARRIER),
     ("emulated", "multi", Kind.BARRIER),

@@ -87,6 +87,24 @@ def test_ops_are_performed_in_the_order_they_were_put(lane, told):
     assert performed == told.done == list(range(100))
 
 
+def test_of_ops_that_wait_the_one_issued_first_goes_first(lane, told):
+    """Else a block in flight would be held up by layers of the blocks behind it."""
+    busy, go_on = threading.Event(), threading.Event()
+
+    def perform(op: Op) -> None:
+        busy.set()
+        assert go_on.wait(10)
+
+    made = lane(perform)
+    made.put(op(1))
+    assert busy.wait(10)
+    for number in (9, 3, 12, 4):
+        made.put(op(number))
+    go_on.set()
+    told.wait(5)
+    assert told.done == [1, 3, 4, 9, 12]
+
+
 def test_an_op_is_recorded_with_its_times_before_it_is_reported(lane, told, recorder):
     started = lane(lambda op: time.sleep(0.02))
     started.put(op(0))

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from flexpipe.job.probes import Probes
 from flexpipe.job.report import Report
-from flexpipe.job.run import Probes
 from flexpipe.memory.tier import TierMemory
 from flexpipe.plan.hardware import rss_bytes
 from flexpipe.plan.policy import percent_shares

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from flexpipe.errors import RunError
-from flexpipe.job.run import Probes
+from flexpipe.job.probes import Probes
 from flexpipe.plan.policy import percent_shares
 from flexpipe.plan.tier import Tier
 from flexpipe.runtime.stage import Stage

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from flexpipe.job.run import Probes
+from flexpipe.job.probes import Probes
 from flexpipe.plan.block import Need
 from flexpipe.plan.plan import Plan
 from flexpipe.plan.policy import percent_shares

@@ -11,7 +11,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from flexpipe.errors import PlanError, PolicyError
-from flexpipe.job.run import Probes
+from flexpipe.job.probes import Probes
 from flexpipe.plan.block import Need, longest_first
 from flexpipe.plan.plan import Plan
 from flexpipe.plan.policy import COMPRESSIONS, percent_shares
@@ -82,7 +82,7 @@ def predicted_ops(plan: Plan, run: Runner, outcome: Outcome) -> list[Op]:
     came = [Need(need.prompt, len(tokens)) for need, tokens in answers]
     order = longest_first(limits)
     made = predict(plan, came, PROFILE, FAST, order=order, keep_spans=True)
-    return [span.op for span in made.spans]
+    return [span.op for span in made.spans[0]]
 
 
 def needed(ops: Sequence[Op]) -> Counter[tuple[object, ...]]:

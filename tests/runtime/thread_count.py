@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from flexpipe.job.run import Probes
+from flexpipe.job.probes import Probes
 from flexpipe.plan.policy import percent_shares
 from flexpipe.schedule.op import Op
 from tests.hf import ragged_prompts

@@ -8,23 +8,24 @@ or decode, and some steps sample nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from hypothesis import strategies as st
 
 from flexpipe.errors import PolicyError
-from flexpipe.model.config import DTYPE_BYTES, ModelConfig
+from flexpipe.model.config import DTYPE_BYTES, ModelConfig, Shard, shard_config
 from flexpipe.model.families import read_config
 from flexpipe.plan.block import Need
 from flexpipe.plan.codec import Codec
+from flexpipe.plan.pipeline import Pipeline
 from flexpipe.plan.placement import model_tensors
 from flexpipe.plan.plan import Budgets, Plan, Planner
 from flexpipe.plan.policy import COMPRESSIONS, STRATEGIES, Policy, Shares
 from flexpipe.plan.tier import Tier
 from flexpipe.schedule.build import schedule
-from flexpipe.schedule.op import Op
+from flexpipe.schedule.op import LANE_OF, PEER_LANES, Kind, Op
 from flexpipe.schedule.step import MicroBatch, Row
 
 # every kind of dependency that an `event` schedule can have, by the tier beside the device
@@ -74,6 +75,9 @@ _STAGED = frozenset(
 )
 EDGE_KINDS = {Tier.CPU: _EVERYWHERE, Tier.GPU: _EVERYWHERE | _STAGED}
 
+# what a stage without neighbours does
+OF_ONE_STAGE = tuple(kind for kind in Kind if LANE_OF[kind] not in PEER_LANES)
+
 ROOMY = Budgets(gpu=2**50, cpu=2**50, disk=2**50)
 
 
@@ -109,6 +113,7 @@ class FakeTensor:
     offset: int
     num_bytes: int
     path: object = "model.safetensors"
+    stride: int | None = None
 
 
 def stored_tensors(config: ModelConfig, dtype: str | None = None) -> dict[str, FakeTensor]:
@@ -123,15 +128,18 @@ def stored_tensors(config: ModelConfig, dtype: str | None = None) -> dict[str, F
 
 @dataclass(frozen=True)
 class FakeForm(FakeTensor):
-    """The compressed form of a tensor that is not there either."""
+    """Another form of a tensor that is not there either."""
 
     new_bytes: int = 0
 
     @classmethod
-    def of(cls, config: ModelConfig, name: str, codec: Codec) -> FakeForm:
-        shapes = {spec.name: spec.shape for spec in model_tensors(config)}
-        num_bytes = shapes[name][0] * codec.row_bytes(shapes[name][1])
-        return cls("uint8", 4096, num_bytes, f"{name}.{codec.bits}", num_bytes)
+    def of(cls, config: ModelConfig, name: str, codec: Codec | None) -> FakeForm:
+        num_rows, size = {spec.name: spec.shape for spec in model_tensors(config)}[name]
+        if codec is None:
+            num_bytes = num_rows * size * DTYPE_BYTES[config.dtype]
+            return cls(config.dtype, 4096, num_bytes, f"{name}.whole", new_bytes=num_bytes)
+        num_bytes = num_rows * codec.row_bytes(size)
+        return cls("uint8", 4096, num_bytes, f"{name}.{codec.bits}", new_bytes=num_bytes)
 
 
 NEEDS = (Need(70, 6), Need(30, 6), Need(12, 6), Need(9, 6), Need(5, 6), Need(3, 6), Need(1, 6))
@@ -145,6 +153,8 @@ def tiny_plan(
     needs: Sequence[Need] = NEEDS,
     budgets: Budgets = ROOMY,
     dtype: str | None = None,
+    pipeline: Pipeline | None = None,
+    rank: int = 0,
     **knobs: Any,
 ) -> Plan:
     """The plan for a policy, or for knobs of one, on a device beside `tier`."""
@@ -157,7 +167,9 @@ def tiny_plan(
         budgets,
         device_tier=tier,
         compute_dtype="float32",
-        compress=partial(FakeForm.of, config),
+        form_of=partial(FakeForm.of, config),
+        pipeline=pipeline,
+        rank=rank,
     )
     return planner(given)
 
@@ -198,14 +210,17 @@ def shares(tier: Tier) -> st.SearchStrategy[Shares]:
 
 
 @st.composite
-def plans(draw: st.DrawFn, *, strategy: str | None = None) -> Plan:
-    """Any plan of the tiny model; policies whose shares no whole item fits are drawn again."""
+def plans(draw: st.DrawFn, *, strategy: str | None = None, num_shards: int = 1) -> Plan:
+    """Any plan of the tiny model, or of one of its shards; policies whose shares no whole item fits
+    are drawn again."""
     tier = draw(st.sampled_from([Tier.GPU, Tier.CPU]))
-    config = tiny_config(
+    whole = tiny_config(
         num_hidden_layers=draw(st.integers(1, 4)),
         vocab_size=draw(st.sampled_from([96, 320, 1000])),
         tie_word_embeddings=draw(st.booleans()),
     )
+    whole = replace(whole, post_norm=num_shards > 1 and draw(st.booleans()))
+    config = shard_config(whole, Shard(draw(st.integers(0, num_shards - 1)), num_shards))
     num_rows = draw(st.integers(1, 9))
     for _ in range(20):
         try:
@@ -235,19 +250,20 @@ def plans(draw: st.DrawFn, *, strategy: str | None = None) -> Plan:
 def steps_for(draw: st.DrawFn, plan: Plan, *, most: int = 4) -> list[MicroBatches]:
     """A sequence of steps: empty micro-batches, chunks, mixed phases, nothing sampled."""
     contexts: dict[tuple[int, int], int] = {}
-    made = []
+    made: list[MicroBatches] = []
     for _ in range(draw(st.integers(1, most))):
-        batches = tuple(_batches(draw, plan, contexts))
-        if not batches:  # a job forms no step without rows
+        block = plan.blocks[len(made) % len(plan.blocks)]
+        batches = tuple(_batches(draw, plan, contexts, block))
+        if not batches and len(plan.blocks) == 1:  # a job forms no step without rows
             continue
         made.append(batches)
     return made
 
 
 def _batches(
-    draw: st.DrawFn, plan: Plan, contexts: dict[tuple[int, int], int]
+    draw: st.DrawFn, plan: Plan, contexts: dict[tuple[int, int], int], block: range
 ) -> Iterator[MicroBatch]:
-    for mb in plan.micro_batches:
+    for mb in (plan.micro_batches[index] for index in block):
         rows = []
         for place in range(mb.num_places):
             does = draw(st.sampled_from(["idle", "begin", "chunk", "go on", "decode", "decode"]))

@@ -15,10 +15,12 @@ ROWS = MicroBatch(0, (Row(0, 0, 8, (3,), True),))
 
 
 class Script:
-    """Steps known beforehand, each micro-batch given out once its last step came back."""
+    """Steps known beforehand, of blocks in turn; each micro-batch is given out once its last
+    step came back."""
 
-    def __init__(self, steps: Sequence[MicroBatches]) -> None:
+    def __init__(self, steps: Sequence[MicroBatches], num_blocks: int = 1) -> None:
         self._steps = steps
+        self._last = steps[-num_blocks:]
         self._out: set[int] = set()
 
     def commit(self, batch: MicroBatch, now_s: float) -> None:
@@ -31,7 +33,7 @@ class Script:
 
     def _step(self, index: int) -> Iterator[MicroBatch | None]:
         if index >= len(self._steps):
-            while self._out:
+            while self._out.intersection(self._of_block(index)):
                 yield None
             return
         for batch in self._steps[index]:
@@ -39,6 +41,12 @@ class Script:
                 yield None
             self._out.add(batch.index)
             yield batch
+
+    def _of_block(self, index: int) -> set[int]:
+        """What of the block may be out: all that ever was, where there is but one."""
+        if len(self._last) == 1:
+            return set(self._out)
+        return {batch.index for batch in self._last[index % len(self._last)]}
 
 
 def play(

@@ -230,7 +230,7 @@ def test_a_layer_whose_rows_attend_on_the_cpu_moves_queries_and_no_cache():
         (Kind.COMPUTE, Segment.OUT),
     ]
     before, after = (
-        found.op(Kind.COMPUTE, 2, 0, segment=part) for part in Segment if part != "attend"
+        found.op(Kind.COMPUTE, 2, 0, segment=part) for part in (Segment.QKV, Segment.OUT)
     )
     path = [before, *(found.op(kind, 2, 0) for kind, part in made if part is None), after]
     assert all(found.ordered(*pair) for pair in itertools.pairwise(path))
@@ -470,7 +470,7 @@ def test_weights_are_issued_before_the_first_step_is_known():
 def test_not_yet_is_passed_on_and_delays_only_what_needs_it():
     plan = tiny_plan(weights=GPU, micro_batch_size=1, num_micro_batches=2)
     builder = ScheduleBuilder(plan)
-    stream = list(builder.step(0, iter([batch(0), None, None, batch(1)])))
+    stream = list(builder.visit(0, 0, iter([batch(0), None, None, batch(1)])))
     blanks = [index for index, op in enumerate(stream) if op is None]
     assert len(blanks) == 2
     assert {op.mb for op in stream[: blanks[0]] if op} == {0}
@@ -485,7 +485,7 @@ def test_a_step_without_rows_leaves_its_load_to_the_next():
     assert [(op.kind, op.layer) for op in ops][: len(plain)] == [
         (op.kind, op.layer) for op in plain
     ]
-    assert not list(ScheduleBuilder(tiny_plan(weights=GPU)).step(0, iter([])))
+    assert not list(ScheduleBuilder(tiny_plan(weights=GPU)).visit(0, 0, iter([])))
 
 
 def test_slots_stay_within_their_pools():

@@ -43,7 +43,8 @@ def seen(steps: dict[int, list[MicroBatch]]) -> Seen:
 
 def predicted_steps(plan: Plan, needs: list[Need]) -> Seen:
     found: dict[int, list[MicroBatch]] = defaultdict(list)
-    for span in predict(plan, needs, machine(overhead_s=OVERHEADS), keep_spans=True).spans:
+    (spans,) = predict(plan, needs, machine(overhead_s=OVERHEADS), keep_spans=True).spans
+    for span in spans:
         if span.op.kind == Kind.COMMIT:
             assert span.op.batch is not None
             found[span.op.step].append(span.op.batch)

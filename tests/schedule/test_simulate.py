@@ -15,7 +15,7 @@ from flexpipe.plan.policy import STRATEGIES, Shares
 from flexpipe.schedule.check import find_hazards
 from flexpipe.schedule.op import Kind, Lane, Op
 from flexpipe.schedule.simulate import RUN_AHEAD, Cost, simulate
-from tests.schedule.plans import ops_of, plans, step_of, steps_for, tiny_plan
+from tests.schedule.plans import OF_ONE_STAGE, ops_of, plans, step_of, steps_for, tiny_plan
 from tests.schedule.play import ROWS, op, play, play_ops
 
 _LINKS = {
@@ -26,7 +26,7 @@ _LINKS = {
 }
 LINK_OF = {kind: link for link, kinds in _LINKS.items() for kind in kinds}
 SECONDS = st.sampled_from([0.0, 0.25, 0.5, 1.0, 1.5, 3.0, 7.0])
-COSTS = st.fixed_dictionaries({kind: SECONDS for kind in Kind if kind != Kind.BARRIER})
+COSTS = st.fixed_dictionaries({kind: SECONDS for kind in OF_ONE_STAGE if kind != Kind.BARRIER})
 OFF_DEVICE = {"weights": Shares(cpu=1.0), "kv_cache": Shares(cpu=1.0), "hidden": Shares(gpu=1.0)}
 
 

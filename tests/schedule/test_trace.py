@@ -37,7 +37,7 @@ def spans(plan: Plan) -> list[Span]:
 
 
 def test_a_lane_is_a_named_row_in_a_fixed_order(plan, spans):
-    events = perfetto(spans, plan)["traceEvents"]
+    events = perfetto([spans], [plan])
     rows = {
         event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"
     }
@@ -49,10 +49,10 @@ def test_a_lane_is_a_named_row_in_a_fixed_order(plan, spans):
 
 
 def test_an_op_is_a_complete_event_in_microseconds_on_its_lane(plan, spans):
-    events = [event for event in perfetto(spans, plan)["traceEvents"] if event["ph"] == "X"]
+    events = [event for event in perfetto([spans], [plan]) if event["ph"] == "X"]
     rows = {
         event["tid"]: event["args"]["name"]
-        for event in perfetto(spans, plan)["traceEvents"]
+        for event in perfetto([spans], [plan])
         if event["name"] == "thread_name"
     }
     assert len(events) == len(spans)
@@ -65,7 +65,7 @@ def test_an_op_is_a_complete_event_in_microseconds_on_its_lane(plan, spans):
 
 
 def test_ops_are_named_by_what_they_do_their_layer_and_micro_batch(plan, spans):
-    names = {event["name"] for event in perfetto(spans, plan)["traceEvents"]}
+    names = {event["name"] for event in perfetto([spans], [plan])}
     assert {"compute decoder 0 mb 1", "load_weight decoder 2", "commit head [0:320] mb 0"} <= {
         name.replace(f"[{name.split('[')[-1]}", "[0:320] mb 0") if "commit head" in name else name
         for name in names
@@ -125,7 +125,8 @@ def test_a_trace_that_cannot_be_written_is_told(plan, spans, tmp_path):
 
 def test_an_empty_run_makes_an_empty_trace(plan, tmp_path: Path):
     write_trace(tmp_path / "none.json", [], plan)
-    assert json.loads((tmp_path / "none.json").read_text())["traceEvents"] == []
+    written = json.loads((tmp_path / "none.json").read_text())
+    assert written == {"traceEvents": [], "displayTimeUnit": "ms"}
 
 
 def test_every_kind_of_op_has_a_colour_of_its_own():

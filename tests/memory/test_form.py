@@ -16,10 +16,10 @@ import torch
 
 from flexpipe.errors import ModelError, RunError
 from flexpipe.kernels.codec import compress
-from flexpipe.memory import compressed, disk
+from flexpipe.memory import disk, form
 from flexpipe.memory.checkpoint import StoredTensor
-from flexpipe.memory.compressed import CompressedCache, CompressedTensor, provide
 from flexpipe.memory.disk import DiskFile, DiskReader, aligned_buffer
+from flexpipe.memory.form import FormCache, TensorForm, provide
 from flexpipe.plan.codec import Codec
 from flexpipe.plan.hardware import peak_rss_bytes, reset_peak_rss, rss_bytes
 from flexpipe.units import MIB
@@ -35,12 +35,12 @@ def matrix() -> torch.Tensor:
 
 
 @pytest.fixture
-def place(tmp_path: Path, matrix: torch.Tensor) -> Callable[..., CompressedTensor]:
+def place(tmp_path: Path, matrix: torch.Tensor) -> Callable[..., TensorForm]:
     """`place(codec)`: where the compressed form of the matrix is to lie."""
 
-    def located(codec: Codec = CODEC, dtype: str = "float32") -> CompressedTensor:
+    def located(codec: Codec = CODEC, dtype: str = "float32") -> TensorForm:
         source = store(tmp_path / f"model-{dtype}", matrix.to(getattr(torch, dtype)), dtype)
-        return CompressedCache(tmp_path / "cache", {"w": source}, lambda: "a").locate("w", codec)
+        return FormCache(tmp_path / "cache", {"w": source}, lambda: "a").locate("w", codec)
 
     return located
 
@@ -51,7 +51,7 @@ def store(path: Path, matrix: torch.Tensor, dtype: str, name: str = "w") -> Stor
     return StoredTensor(name, dtype, tuple(matrix.shape), path, SKEW, len(data))
 
 
-def made(tensor: CompressedTensor, reader: DiskReader | None = None, room: int = MIB) -> int:
+def made(tensor: TensorForm, reader: DiskReader | None = None, room: int = MIB) -> int:
     """Provide the tensor; the bytes written."""
     buffer = torch.from_numpy(aligned_buffer(room))
     if reader is not None:
@@ -60,7 +60,7 @@ def made(tensor: CompressedTensor, reader: DiskReader | None = None, room: int =
         return provide(tensor, own, buffer, lambda num_bytes: None)
 
 
-def check(tensor: CompressedTensor, matrix: torch.Tensor) -> None:
+def check(tensor: TensorForm, matrix: torch.Tensor) -> None:
     """The file holds the compressed rows, from its second block on."""
     expected = torch.empty(ROWS, tensor.row_bytes, dtype=torch.uint8)
     compress(matrix, tensor.codec, expected)
@@ -97,7 +97,7 @@ def test_the_place_depends_on_checkpoint_tensor_and_codec_and_on_nothing_else(
     other = StoredTensor("v", "float32", source.shape, source.path, source.offset + 4, 8)
 
     def path(source: StoredTensor, identity: str = "a", codec: Codec = CODEC) -> Path:
-        return CompressedCache(tmp_path, {"w": source}, lambda: identity).locate("w", codec).path
+        return FormCache(tmp_path, {"w": source}, lambda: identity).locate("w", codec).path
 
     assert path(source) == path(elsewhere)
     paths = [
@@ -113,7 +113,7 @@ def test_the_place_depends_on_checkpoint_tensor_and_codec_and_on_nothing_else(
 def test_names_of_the_same_bytes_share_a_file(tmp_path: Path, matrix: torch.Tensor) -> None:
     source = store(tmp_path / "model", matrix, "float32")
     asked: list[str] = []
-    cache = CompressedCache(
+    cache = FormCache(
         tmp_path, {"one": source, "two": source}, lambda: asked.append("digest") or "a"
     )
     assert not asked  # nothing is compressed yet
@@ -226,7 +226,7 @@ def test_numbers_beyond_the_codec_are_refused_by_the_tensors_name(
 ) -> None:
     matrix[-1, 3] = value
     source = store(tmp_path / "model", matrix, "float32", "model.layers.0.mlp.up_proj.weight")
-    cache = CompressedCache(tmp_path / "cache", {"w": source}, lambda: "a")
+    cache = FormCache(tmp_path / "cache", {"w": source}, lambda: "a")
     with pytest.raises(ModelError, match=r"tensor model\.layers\.0\.mlp\.up_proj\.weight holds"):
         made(cache.locate("w", CODEC))
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["lock"]
@@ -253,7 +253,7 @@ def test_compressing_takes_the_buffer_and_a_little_whatever_the_tensors_size(
         for _ in range(rows // 1000):
             file.write(torch.randn(1000, size).bfloat16().view(torch.uint8).numpy().tobytes())
     source = StoredTensor("w", "bfloat16", (rows, size), path, 0, rows * size * 2)
-    tensor = CompressedCache(tmp_path / "cache", {"w": source}, lambda: "a").locate("w", CODEC)
+    tensor = FormCache(tmp_path / "cache", {"w": source}, lambda: "a").locate("w", CODEC)
     before = rss_bytes()
     reset_peak_rss()
     made(tensor, room=8 * MIB)
@@ -262,4 +262,4 @@ def test_compressing_takes_the_buffer_and_a_little_whatever_the_tensors_size(
     print(f"{grown / MIB:.1f} MiB")
     assert grown < (8 + disk.BOUNCE_BYTES // MIB + 32) * MIB
     assert peak_rss_bytes() - before < grown + MIB
-    assert json.loads(tensor.path.read_bytes()[len(compressed._MAGIC) : 4096].rstrip(b"\0"))
+    assert json.loads(tensor.path.read_bytes()[len(form._MAGIC) : 4096].rstrip(b"\0"))

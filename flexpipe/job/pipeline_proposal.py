@@ -1,0 +1,156 @@
+"""`flexpipe plan --pipeline-parallel-size N`: the pipeline that a search finds, stage by stage."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from flexpipe import __version__
+from flexpipe.errors import PlanError
+from flexpipe.job.outlook import Outlook
+from flexpipe.job.stages import stage_dicts, stage_table
+from flexpipe.job.table import plain_table
+from flexpipe.plan.arrangement import Arrangement
+from flexpipe.plan.plan import Plan
+from flexpipe.plan.policy_file import MadeFor, render_stages
+from flexpipe.plan.spelling import as_options
+from flexpipe.policy.pipeline import FoundPipeline, ScoredPipeline, search_pipeline
+from flexpipe.policy.predict import Prediction, predict_stages
+from flexpipe.policy.search import Limits
+from flexpipe.units import format_count, format_seconds
+
+_NUM_SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineProposal:
+    """What a search came to. `prediction` is of the best plans, thorough; it took `search_s`."""
+
+    model: str
+    device: str
+    date: str
+    profile: str
+    num_requests: int
+    found: FoundPipeline
+    plans: Sequence[Plan]
+    prediction: Prediction
+    search_s: float
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.plans)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; seconds and bytes."""
+        made, first = self.prediction, self.plans[0]
+        figures = asdict(made)
+        del figures["spans"], figures["stages"]
+        return {
+            "model": self.model,
+            "device": self.device,
+            "hardware": self.profile,
+            "compute_dtype": first.compute_dtype,
+            "num_requests": self.num_requests,
+            "num_blocks": first.pipeline.num_blocks,
+            "prediction": {
+                **figures,
+                "total_s": made.total_s,
+                "generated_tokens_per_s": made.generated_tokens_per_s,
+            },
+            "stages": stage_dicts(self.plans, made),
+            "num_choices": self.found.num_choices,
+            "search_s": self.search_s,
+        }
+
+    def policy_file(self) -> str:
+        """The stages' policies, complete, with what they were made for."""
+        made, first = self.prediction, self.plans[0]
+        opening = (
+            f"Found by flexpipe {__version__} on {self.date} for {self.model} in {self.num_stages} "
+            f"stages: {self.num_requests} requests,",
+            f"{made.prompt_tokens} prompt tokens, {made.generated_tokens} to generate; machines: "
+            f"{self.profile}.",
+            f"Predicted: {format_count(made.generated_tokens_per_s)} tokens/s, "
+            f"{format_seconds(made.total_s)} in all; {made.bottleneck} is the bottleneck.",
+        )
+        layers = [[len(chunk) for chunk in p.pipeline.chunks(p.rank)] for p in self.plans]
+        policies = [plan.policy for plan in self.plans]
+        return render_stages(policies, layers, MadeFor.of(self.model, first.config), opening)
+
+    def render(self) -> str:
+        """For people, the plan first; every figure is predicted."""
+        made, first = self.prediction, self.plans[0]
+        parts = [
+            f"{self.model} in {self.num_stages} stages, each on a machine like {self.device}, in "
+            f"{first.compute_dtype}: {self.num_requests} requests, {made.prompt_tokens} prompt "
+            f"tokens, {made.generated_tokens} to generate, {first.pipeline.num_blocks} blocks in "
+            "flight",
+            "\n".join(self._policies()),
+            stage_table(self.plans, made),
+            f"predicted: {format_count(made.generated_tokens_per_s)} tokens/s, done in "
+            f"{format_seconds(made.total_s)} (load {format_seconds(made.load_s)}, prefill "
+            f"{format_seconds(made.prefill_s)}, decode {format_seconds(made.decode_s)}); a request "
+            f"takes {format_seconds(made.latency_s)}",
+            f"bottleneck: {made.bottleneck}, which alone needs {format_seconds(made.bound_s)}: "
+            f"{made.bound_share:.0%} of that bound is reached",
+            plain_table(("instead", "tokens/s", "because"), self._others()),
+            f"{self.found.num_choices} choices estimated, {1 + len(self.found.others)} played, in "
+            f"{self.search_s:.1f} s",
+        ]
+        return "\n\n".join(part for part in parts if part)
+
+    def _policies(self) -> list[str]:
+        """A line per policy, with the stages that have it."""
+        ranks = defaultdict[str, list[str]](list)
+        for plan in self.plans:
+            ranks[as_options(plan.policy.to_dict())].append(str(plan.rank))
+        return [f"stage {', '.join(mine)}: {options}" for options, mine in ranks.items()]
+
+    def _others(self) -> list[tuple[str, str, str]]:
+        return [_row(one) for one in self.found.others[:_NUM_SHOWN]]
+
+
+def _row(one: ScoredPipeline) -> tuple[str, str, str]:
+    made, policy = one.prediction, one.plans[0].policy
+    block = (
+        f"{policy.micro_batch_size} rows x {policy.num_micro_batches}, "
+        f"{policy.max_batch_tokens} tokens a step"
+    )
+    because = f"{made.bottleneck} needs {format_seconds(made.bound_s)}"
+    return block, format_count(made.generated_tokens_per_s), because
+
+
+def propose_pipeline(
+    outlook: Outlook,
+    stage_given: Sequence[Mapping[str, Any]],
+    arrangement: Arrangement,
+    limits: Limits,
+    date: str,
+) -> PipelineProposal:
+    """Search for a pipeline; a PlanError where none fits, or none that fits keeps the limits."""
+    began = time.perf_counter()
+    sites = outlook.sites(stage_given)
+    found = search_pipeline(outlook.stage_model, sites, arrangement, limits)
+    if found.best is None:
+        if found.refused:
+            raise PlanError(
+                f"no pipeline that fits keeps the limits (of the fastest, {found.refused[0][1]}); "
+                "raise --max-latency or --max-disk-writes, or use more stages"
+            )
+        outlook.choose_stages(stage_given, arrangement)  # tells what is missing
+    assert found.best is not None
+    plans, profile = found.best.plans, outlook.machine.profile
+    return PipelineProposal(
+        model=outlook.shape.name,
+        device=outlook.device,
+        date=date,
+        profile=f"{profile.name}, {profile.source} {profile.date}",
+        num_requests=len(outlook.needs),
+        found=found,
+        plans=plans,
+        prediction=predict_stages(outlook.assignments(plans), outlook.needs),
+        search_s=time.perf_counter() - began,
+    )

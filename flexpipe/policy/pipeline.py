@@ -1,0 +1,343 @@
+"""Finds a pipeline: where the model is cut, and a policy for each stage.
+
+What passes from stage to stage is a micro-batch, so the block's shape is common to all; where
+weights, KV cache and hidden rest, where rows attend and what resident weights are held in is each
+stage's own. A pipeline is as fast as its slowest stage: of every shape each stage takes the choice
+that its own estimate finds quickest, shapes are compared by the slowest of these, and the best are
+played, all ranks together.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+from flexpipe.errors import PolicyError
+from flexpipe.plan.arrangement import Arrangement
+from flexpipe.plan.block import Need
+from flexpipe.plan.pipeline import Pipeline
+from flexpipe.plan.plan import Budgets, Plan, Planner
+from flexpipe.plan.rule import choose_plan
+from flexpipe.plan.tier import Tier
+from flexpipe.policy.choices import Choice, Choices
+from flexpipe.policy.partition import Cut, by_hand, even
+from flexpipe.policy.predict import QUICK, Assignment, Prediction, predict_stages
+from flexpipe.policy.search import MOST_REPLAYS, OPTIMISM, OTHER_TOKENS, Limits, best_plan
+from flexpipe.policy.shares import Machine, realize
+from flexpipe.policy.stage_times import StageTimes, balanced_by
+
+_SHAPE = ("micro_batch_size", "num_micro_batches", "max_batch_tokens")  # the same for all stages
+
+Knobs = Mapping[str, Any]
+Shape = tuple[int, ...]
+# plans of a rank that has these budgets, once the pipeline is known
+MakePlanner = Callable[[Pipeline, int, Budgets], Planner]
+
+log = logging.getLogger("flexpipe")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Site:
+    """What one rank may spend, the knobs given for it, and its machine; None where no rate is
+    known."""
+
+    budgets: Budgets
+    device_tier: Tier
+    machine: Machine | None
+    given: Knobs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What is to be shared: its decoder layers, and how ranks plan for it."""
+
+    num_layers: int
+    needs: Sequence[Need]
+    make_planner: MakePlanner
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredPipeline:
+    """A plan per rank, and what all of them together are predicted to come to."""
+
+    plans: tuple[Plan, ...]
+    prediction: Prediction
+
+    @property
+    def run_s(self) -> float:
+        return self.prediction.run_s
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FoundPipeline:
+    """The best pipeline, None where none fits; others that were played, best first; those that fit
+    but break a limit, and how."""
+
+    best: ScoredPipeline | None
+    others: Sequence[ScoredPipeline]
+    refused: Sequence[tuple[ScoredPipeline, str]]
+    num_choices: int
+
+
+def search_pipeline(
+    model: Model,
+    sites: Sequence[Site],
+    arrangement: Arrangement,
+    limits: Limits | None = None,
+    *,
+    coarse: bool = False,
+) -> FoundPipeline:
+    """The fastest pipeline over the ranks' sites that keeps what is given for each; a `coarse`
+    search looks at every other shape, and plays the most promising one."""
+    return _Search(model, sites, arrangement, limits or Limits(), coarse).run()
+
+
+def best_pipeline(
+    model: Model, sites: Sequence[Site], arrangement: Arrangement
+) -> tuple[Plan, ...]:
+    """The plans that a job takes: the search's. Where rates are not known, or too few of them, or
+    where nothing fits, the rule's for an even cut, whose shortfalls then say what is missing."""
+    if arrangement.num_stages == 1:
+        return (_whole_plan(model, sites[0], arrangement),)
+    if all(site.machine is not None for site in sites):
+        try:
+            best = search_pipeline(model, sites, arrangement).best
+        except PolicyError as error:
+            log.info("no search for a pipeline: %s", error)
+        else:
+            if best is not None:
+                return best.plans
+    return pipeline_by_rule(model, sites, arrangement)
+
+
+def _whole_plan(model: Model, site: Site, arrangement: Arrangement) -> Plan:
+    """The plan of a model in one stage."""
+    pipeline = Pipeline.whole(model.num_layers, num_blocks=arrangement.num_blocks_in_flight)
+    planner = model.make_planner(pipeline, 0, site.budgets)
+    return best_plan(site.given, planner, model.needs, site.device_tier, site.machine)
+
+
+def pipeline_by_rule(
+    model: Model, sites: Sequence[Site], arrangement: Arrangement
+) -> tuple[Plan, ...]:
+    """The plans that need no rate: each stage's own, then in the shape of the smallest block."""
+    pipeline = _pipeline(arrangement, simple_cut(arrangement, model.num_layers))
+    num_rows = -(-len(model.needs) // pipeline.num_blocks)
+    planners = [model.make_planner(pipeline, rank, site.budgets) for rank, site in enumerate(sites)]
+
+    def plans(common: Knobs) -> tuple[Plan, ...]:
+        return tuple(
+            choose_plan({**common, **site.given}, planner, site.device_tier, num_rows)
+            for site, planner in zip(sites, planners, strict=True)
+        )
+
+    policies = [plan.policy for plan in plans({})]
+    smallest = min(policies, key=lambda one: one.micro_batch_size * one.num_micro_batches)
+    tokens = min(policy.max_batch_tokens for policy in policies)
+    shape = {name: getattr(smallest, name) for name in _SHAPE}
+    return plans({**shape, "max_batch_tokens": max(tokens, smallest.micro_batch_size)})
+
+
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    """One choice per stage, all of one shape, and the estimated seconds of the slowest."""
+
+    choices: tuple[Choice, ...]
+    seconds: float
+
+
+class _Stages:
+    """The planner and the choices of every rank under one cut; ranks alike share them."""
+
+    def __init__(self, pipeline: Pipeline, made: Sequence[tuple[Planner, Choices]]) -> None:
+        self.planners = [planner for planner, _ in made]
+        self.choices = [choices for _, choices in made]
+        # the slowest stage's seconds are a round's only if no rank waits for a block to come round
+        self._waiting = max(1.0, pipeline.num_stages / pipeline.num_blocks)
+        self._quickest: dict[int, dict[Shape, Choice]] = {}
+
+    def wholes(self) -> list[_Whole]:
+        """All shapes that may fit every rank, quickest first."""
+        quickest = [self._by_shape(choices) for choices in self.choices]
+        shapes = set.intersection(*(set(by_shape) for by_shape in quickest))
+        return self._ordered(tuple(one[shape] for one in quickest) for shape in sorted(shapes))
+
+    def with_tokens(self, whole: _Whole, tokens: int) -> list[_Whole]:
+        """The same with other chunks of prompts, where that fits."""
+        found = []
+        for choices, choice in zip(self.choices, whole.choices, strict=True):
+            most = max(tokens, choice.knobs["micro_batch_size"])
+            found.append(choices.estimated(iter([{**choice.knobs, "max_batch_tokens": most}])))
+        fits = all(found)
+        return self._ordered([tuple(one[0] for one in found)] if fits else [])
+
+    def _by_shape(self, choices: Choices) -> dict[Shape, Choice]:
+        known = self._quickest.get(id(choices))
+        if known is None:
+            known = self._quickest[id(choices)] = {}
+            for choice in choices.estimated(choices.knobs()):
+                known.setdefault(_shape_of(choice.knobs), choice)
+        return known
+
+    def _ordered(self, combined: Iterator[tuple[Choice, ...]] | list[Any]) -> list[_Whole]:
+        made = [
+            _Whole(choices, self._waiting * max(choice.solution.seconds for choice in choices))
+            for choices in combined
+        ]
+        return sorted(made, key=lambda whole: whole.seconds)
+
+
+class _Search:
+    def __init__(
+        self,
+        model: Model,
+        sites: Sequence[Site],
+        arrangement: Arrangement,
+        limits: Limits,
+        coarse: bool,
+    ) -> None:
+        self._model = model
+        self._sites = sites
+        self._arrangement = arrangement
+        self._limits = limits
+        self._coarse = coarse
+        self._scored: list[ScoredPipeline] = []
+        self._refused: list[tuple[ScoredPipeline, str]] = []
+        self._kinds = [_first_like(sites, site) for site in sites]
+
+    def run(self) -> FoundPipeline:
+        arrangement, model = self._arrangement, self._model
+        stages = self._stages(simple_cut(arrangement, model.num_layers))
+        if arrangement.is_searched:
+            stages = self._stages(self._balanced(stages))
+        wholes = stages.wholes()
+        self._replay(stages, wholes)
+        is_free = not any("max_batch_tokens" in site.given for site in self._sites)
+        if self._scored and is_free and not self._coarse:
+            for tokens in OTHER_TOKENS:
+                self._replay(stages, stages.with_tokens(wholes[0], tokens))
+        scored = sorted(self._scored, key=lambda one: one.run_s)
+        different = {id(choices): choices for choices in stages.choices}
+        return FoundPipeline(
+            best=scored[0] if scored else None,
+            others=scored[1:],
+            refused=self._refused,
+            num_choices=sum(choices.num_choices for choices in different.values()),
+        )
+
+    def _balanced(self, stages: _Stages) -> Cut:
+        """The cut by what stages of the shape that an even cut likes best would take."""
+        arrangement, model = self._arrangement, self._model
+        wholes = stages.wholes()
+        shape = _shape_of(wholes[0].choices[0].knobs) if wholes else self._smallest_shape(stages)
+        ranks = range(arrangement.num_stages)
+        least, most = arrangement.num_chunks, model.num_layers - arrangement.num_chunks * ranks[-1]
+
+        def estimate(rank: int, count: int) -> float:
+            cut = _cut_with(arrangement, rank, count, model.num_layers)
+            choices = self._choices(_pipeline(arrangement, cut), rank)
+            alike = (knobs for knobs in choices.knobs() if _shape_of(knobs) == shape)
+            return next((one.solution.seconds for one in choices.estimated(alike)), inf)
+
+        alike = [(self._kinds[rank], rank == 0, rank == ranks[-1]) for rank in ranks]
+        usual = max(least, model.num_layers // arrangement.num_stages)
+        times = StageTimes(estimate, alike, least, usual, most)
+        return balanced_by(times, model.num_layers, len(ranks), arrangement.num_chunks)
+
+    def _smallest_shape(self, stages: _Stages) -> Shape:
+        return min(_shape_of(knobs) for knobs in stages.choices[0].knobs())
+
+    def _stages(self, cut: Cut) -> _Stages:
+        pipeline = _pipeline(self._arrangement, cut)
+        made: dict[object, Choices] = {}
+        ranks = []
+        for rank, kind in enumerate(self._kinds):
+            layers = pipeline.layers[rank :: pipeline.num_stages]
+            key = kind, layers, pipeline.embeds(rank), pipeline.has_head(rank)
+            if key not in made:
+                made[key] = self._choices(pipeline, rank)
+            ranks.append((self._planner(pipeline, rank), made[key]))
+        return _Stages(pipeline, ranks)
+
+    def _planner(self, pipeline: Pipeline, rank: int) -> Planner:
+        return self._model.make_planner(pipeline, rank, self._sites[rank].budgets)
+
+    def _choices(self, pipeline: Pipeline, rank: int) -> Choices:
+        site = self._sites[rank]
+        assert site.machine is not None
+        return Choices(
+            site.given,
+            self._planner(pipeline, rank),
+            self._model.needs,
+            site.machine,
+            max_latency_s=self._limits.max_latency_s,
+            max_disk_writes=self._limits.max_disk_writes,
+            coarse=self._coarse,
+        )
+
+    def _replay(self, stages: _Stages, wholes: Sequence[_Whole]) -> None:
+        """Play the first few shapes, while an estimate can win."""
+        num_played, most = 0, 1 if self._coarse else MOST_REPLAYS
+        for whole in wholes:
+            fastest = min((scored.run_s for scored in self._scored), default=inf)
+            if num_played == most or whole.seconds > OPTIMISM * fastest:
+                return
+            num_played += self._play(stages, whole)
+
+    def _play(self, stages: _Stages, whole: _Whole) -> bool:
+        """Whether this comes to whole tensors that fit on every rank."""
+        assignments = []
+        for site, planner, choice in zip(self._sites, stages.planners, whole.choices, strict=True):
+            assert site.machine is not None
+            plan = realize(planner, choice.knobs, choice.solution, site.machine.tiers)
+            if plan is None:
+                return False
+            machine = site.machine
+            assignments.append(
+                Assignment(plan=plan, profile=machine.profile, emulation=machine.emulation)
+            )
+        prediction = predict_stages(assignments, self._model.needs, effort=QUICK)
+        plans = tuple(one.plan for one in assignments)
+        scored = ScoredPipeline(plans=plans, prediction=prediction)
+        refusal = self._limits.refusal(prediction)
+        if refusal is None:
+            self._scored.append(scored)
+        else:
+            self._refused.append((scored, refusal))
+        return True
+
+
+def simple_cut(arrangement: Arrangement, num_layers: int) -> Cut:
+    """By hand where that is asked, else even."""
+    where = num_layers, arrangement.num_stages, arrangement.num_chunks
+    return even(*where) if arrangement.layers is None else by_hand(arrangement.layers, *where)
+
+
+def _cut_with(arrangement: Arrangement, rank: int, count: int, num_layers: int) -> Cut:
+    """Any cut that gives a rank so many layers."""
+    num_stages, num_chunks = arrangement.num_stages, arrangement.num_chunks
+    own = iter(even(count, 1, num_chunks))
+    rest = iter(even(num_layers - count, num_stages - 1, num_chunks))
+    places = range(num_stages * num_chunks)
+    return tuple(next(own if place % num_stages == rank else rest) for place in places)
+
+
+def _pipeline(arrangement: Arrangement, cut: Cut) -> Pipeline:
+    return Pipeline(
+        layers=cut,
+        num_stages=arrangement.num_stages,
+        num_blocks=arrangement.num_blocks_in_flight,
+        async_comm=arrangement.async_comm,
+    )
+
+
+def _shape_of(knobs: Knobs) -> Shape:
+    return tuple(knobs[name] for name in _SHAPE)
+
+
+def _first_like(sites: Sequence[Site], site: Site) -> int:
+    """The index of the first site that is the same."""
+    return next(index for index, other in enumerate(sites) if other == site)
