@@ -196,16 +196,25 @@ def gains(folder: Path) -> Mapping[str, Any]:
 
 
 def _busy(folder: Path, count: int) -> Any:
-    """Compute-bound: 64 rows in flight, as one block or as two of half its size."""
+    """Compute-bound: 512 rows in flight, in one block or in two for each rank."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    shape = ("--device", "cpu", "--gpu-batch-size", str(64 // count), "--num-gpu-batches", "1")
-    return run(folder, BUSY, piped(count, *shape), [16] * 64, 24)
+    num_blocks = 1 if count == 1 else 2 * count
+    shape = (
+        "--device",
+        "cpu",
+        "--gpu-batch-size",
+        str(512 // num_blocks),
+        "--num-gpu-batches",
+        "1",
+    )
+    blocks = ("--num-inner-iterations", str(num_blocks))
+    return run(folder, BUSY, piped(count, *shape, *blocks), [4] * 512, 12)
 
 
 def _emulated(folder: Path, count: int) -> Any:
     """Weights travel over each rank's own link, of which a part comes from its own disk."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    links = f"{RATE},h2d=100MB/s,d2h=100MB/s,disk_read=50MB/s"
+    links = "compute=0.4GFLOP/s,h2d=200MB/s,d2h=200MB/s,disk_read=100MB/s"
     words = piped(
         count,
         *(
@@ -218,7 +227,7 @@ def _emulated(folder: Path, count: int) -> Any:
         ),
         *("--gpu-batch-size", "8", "--num-gpu-batches", str(NUM_STAGES // count)),
     )
-    return run(folder, EQUAL, words, [4] * (8 * NUM_STAGES), 24)
+    return run(folder, EQUAL, words, [1] * (8 * NUM_STAGES), 40)
 
 
 def gain_table(found: Mapping[str, Any]) -> str:

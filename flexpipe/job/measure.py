@@ -15,7 +15,7 @@ from flexpipe.plan.tier import Tier
 from flexpipe.runtime.device import Device
 from flexpipe.runtime.record import Recorder
 from flexpipe.runtime.stage import Stage
-from flexpipe.schedule.op import Kind, Lane
+from flexpipe.schedule.op import PEER_LANES, Kind, Lane
 from flexpipe.schedule.places import StepCount, phases, tail
 from flexpipe.units import format_bytes
 
@@ -107,7 +107,7 @@ def report(
         stages=stages,
         policy=plan.policy.to_dict(),
         notes=_notes(device, ran.stage, measured),
-        bottleneck=_bottleneck(device, recorder, measured),
+        bottleneck=_busiest_stage(stages) if stages else _bottleneck(device, recorder, measured),
     )
 
 
@@ -124,9 +124,19 @@ def _useful_tokens(batcher: Batcher) -> float:
     return 1 - batcher.repeated_tokens / computed if computed else 1.0
 
 
+def _busiest_stage(stages: Sequence[StageUse]) -> str:
+    """One sentence: the rank that computed most of the time, and how much."""
+    use = min(stages, key=lambda use: use.bubble)
+    share = 1 - use.bubble
+    if share < BOUND_SHARE:
+        return f"nothing was busy all the time; most of all compute of {use.name}, {share:.0%}"
+    return f"compute of {use.name} is the bottleneck: busy {share:.0%} of the time"
+
+
 def _bottleneck(device: Device, recorder: Recorder, measured: Measured) -> str:
-    """One sentence: the lane that was busiest, and how busy."""
-    busy = {lane: recorder.lane_busy_s(lane) for lane in Lane}
+    """One sentence: the lane that was busiest, and how busy; one that waits for peers does not
+    count."""
+    busy = {lane: recorder.lane_busy_s(lane) for lane in Lane if lane not in PEER_LANES}
     lane = max(busy, key=lambda lane: busy[lane])
     share = busy[lane] / measured.run_s if measured.run_s else 0.0
     cached = _read_from_cache(device, measured)
