@@ -208,26 +208,22 @@ def _busy(folder: Path, count: int) -> Any:
         "1",
     )
     blocks = ("--num-inner-iterations", str(num_blocks))
-    return run(folder, BUSY, piped(count, *shape, *blocks), [4] * 512, 12)
+    return run(folder, BUSY, piped(count, *shape, *blocks), [1] * 512, 16)
 
 
 def _emulated(folder: Path, count: int) -> Any:
-    """Weights travel over each rank's own link, of which a part comes from its own disk."""
+    """64 rows in flight, eight at a time; weights travel over each rank's own link, and a part of
+    them comes from its own disk."""
     os.environ["OMP_NUM_THREADS"] = "1"
     links = "compute=0.4GFLOP/s,h2d=200MB/s,d2h=200MB/s,disk_read=100MB/s"
+    num_blocks = 1 if count == 1 else 2 * count
     words = piped(
         count,
-        *(
-            "--device",
-            "emulated",
-            "--emulate",
-            links,
-            "--percent",
-            *["0", "80", "100", "0", "100", "0"],
-        ),
-        *("--gpu-batch-size", "8", "--num-gpu-batches", str(NUM_STAGES // count)),
+        *("--device", "emulated", "--emulate", links, "--percent", *_STREAMED),
+        *("--gpu-batch-size", "8", "--num-gpu-batches", str(8 // num_blocks)),
+        *("--num-inner-iterations", str(num_blocks)),
     )
-    return run(folder, EQUAL, words, [1] * (8 * NUM_STAGES), 40)
+    return run(folder, EQUAL, words, [1] * 64, 24)
 
 
 def gain_table(found: Mapping[str, Any]) -> str:
