@@ -30,7 +30,7 @@ from flexpipe.sweep.child import run_flexpipe
 NUM_STAGES = 4
 ROUNDS = 3
 # eight equal layers; embedding and head weigh next to nothing
-EQUAL = Shape(hidden=256, layers=8, heads=8, kv_heads=8, ffn=768, vocab=256)
+EQUAL = Shape(hidden=256, layers=8, heads=8, kv_heads=8, ffn=768, vocab=64)
 BUSY = Shape(hidden=1024, layers=8, heads=16, kv_heads=16, ffn=4096, vocab=256)
 RATE = "compute=0.2GFLOP/s"  # a step of eight rows then takes a stage some 140 ms
 _STREAMED = ["0", "80", "100", "0", "100", "0"]
@@ -78,7 +78,7 @@ def run(folder: Path, shape: Shape, words: Sequence[str], prompts: Sequence[int]
     model = folder / f"model-{shape.hidden}"
     model.mkdir(exist_ok=True)
     (model / "config.json").write_text(json.dumps(shape.config()), encoding="utf-8")
-    lines = [{"id": i, "prompt_token_ids": [7 + i % 89] * n} for i, n in enumerate(prompts)]
+    lines = [{"id": i, "prompt_token_ids": [7 + i % 50] * n} for i, n in enumerate(prompts)]
     source = folder / "prompts.jsonl"
     source.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     ended = run_flexpipe(
