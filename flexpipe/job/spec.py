@@ -107,6 +107,11 @@ class JobSpec:
             )
         if self.trace_path is not None and self.trace_path.suffix not in TRACE_SUFFIXES:
             raise InputError(f"--trace {self.trace_path} must end in {', '.join(TRACE_SUFFIXES)}")
+        shared = self.arrangement.num_ranks > 1
+        if shared and self.trace_path is not None and self.trace_path.suffix != ".json":
+            raise InputError(
+                f"--trace {self.trace_path} must end in .json, which holds all ranks of a job"
+            )
 
 
 def checked_emulation(device: str, emulation: Emulation | None) -> Emulation | None:

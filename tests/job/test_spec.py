@@ -9,6 +9,7 @@ import pytest
 
 from flexpipe.errors import InputError
 from flexpipe.job.spec import JobSpec
+from flexpipe.plan.arrangement import Arrangement
 from flexpipe.plan.hardware import Emulation
 
 
@@ -37,6 +38,7 @@ def test_emulated_device_always_has_an_emulation() -> None:
         ({"device": "gpu"}, "--device 'gpu'"),
         ({"device": "cpu", "emulation": Emulation()}, "--emulate"),
         ({"trace_path": Path("t.pdf")}, "--trace t.pdf"),
+        ({"trace_path": Path("t.png"), "arrangement": Arrangement(num_stages=2)}, "end in .json"),
         ({"output_path": Path("-")}, "--output-file -"),
         ({"output_path": Path("in")}, "is the input file"),
     ],
