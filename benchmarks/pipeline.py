@@ -223,7 +223,7 @@ def _emulated(folder: Path, count: int) -> Any:
         *("--gpu-batch-size", "8", "--num-gpu-batches", str(8 // num_blocks)),
         *("--num-inner-iterations", str(num_blocks)),
     )
-    return run(folder, EQUAL, words, [1] * 64, 24)
+    return run(folder, EQUAL, words, [1] * 64, 48)
 
 
 def gain_table(found: Mapping[str, Any]) -> str:
