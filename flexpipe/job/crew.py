@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from flexpipe.closing import Closing
+from flexpipe.errors import InputError
 from flexpipe.job.compute import Events, Work
 from flexpipe.job.measure import Ran, layers_of, stage_use
 from flexpipe.job.prepare import Model, site_here
@@ -37,7 +38,9 @@ from flexpipe.runtime.control import Follower, Publisher
 from flexpipe.runtime.device import Device
 from flexpipe.runtime.dispatcher import Dispatcher
 from flexpipe.runtime.gang import Gang
+from flexpipe.runtime.ranks import Ranks
 from flexpipe.runtime.transport import GroupTransport
+from flexpipe.runtime.usable import Sharers
 from flexpipe.schedule.trace import stage_events, write_events
 
 
@@ -91,9 +94,11 @@ class Crew(Closing):
         gang.watch.on_failure(model.device.stop.set)
         self._transport = GroupTransport.open(gang, model.device.torch_device)
         here, ranks = gang.here.machine, gang.ranks
-        sharers = sum(member.machine == here for member in gang.members)
-        self.here = site_here(spec, model, offload, stage=ranks.stage, num_sharers=sharers)
+        on_host = sum(member.machine == here for member in gang.members)
+        sharers = Sharers(on_host, self._transport.num_sharing)
+        self.here = site_here(spec, model, offload, stage=ranks.stage, sharers=sharers)
         brought = gang.board.exchange("site", _brought(self.here))
+        _check_alike(ranks, [one["device_tier"] for one in brought])
         comm = self._message_rates(model.device)
         self.sites = [
             _site(brought[first : first + ranks.num_shards], spec, stage, comm)
@@ -141,10 +146,11 @@ class Crew(Closing):
         self.gang.board.meet("last message")
 
     def stages(self, ran: Ran) -> list[StageUse]:
-        """Every rank's figures, by rank; bubbles are those of the job's window."""
-        ranks = self.gang.ranks
-        mine = stage_use(ran, ranks.name(), self.gang.here.host)
-        told = [StageUse.of(one) for one in self.gang.board.exchange("figures", asdict(mine))]
+        """For rank 0 every rank's figures, by rank; bubbles are those of the job's window."""
+        mine = stage_use(ran, self.gang.ranks.name(), self.gang.here.host)
+        told = [StageUse.of(one) for one in self.gang.board.gather("figures", asdict(mine))]
+        if not told:
+            return []
         first_s = min(use.window_s[0] for use in told)
         last_s = max(use.window_s[1] for use in told)
         return [use.within(last_s - first_s) for use in told]
@@ -155,8 +161,8 @@ class Crew(Closing):
             return
         ranks = self.gang.ranks
         mine = stage_events(ran.recorder.spans, ran.plan, ranks.rank, ranks.name())
-        told = self.gang.board.exchange("trace", mine)
-        if ranks.rank == 0:
+        told = self.gang.board.gather("trace", mine)
+        if told:
             write_events(path, [event for events in told for event in events])
 
     def _message_rates(self, device: Device) -> Curve:
@@ -179,6 +185,16 @@ class Crew(Closing):
             started=started,
             failed=self.gang.watch.tell,
         )
+
+
+def _check_alike(ranks: Ranks, tiers: Sequence[str]) -> None:
+    """Refuse a job that some ranks would compute on an accelerator and others on a CPU."""
+    for rank, tier in enumerate(tiers):
+        if tier != tiers[0]:
+            raise InputError(
+                f"{ranks.name(0)} computes beside the {tiers[0]} tier, {ranks.name(rank)} beside "
+                f"the {tier} tier; name a --device that all ranks have"
+            )
 
 
 def _brought(site: Site) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from flexpipe.policy.profile import Profile
 from flexpipe.policy.shares import Machine
 from flexpipe.profiling.cache import machine_profile
 from flexpipe.runtime.device import Device, open_device
-from flexpipe.runtime.usable import usable_memory
+from flexpipe.runtime.usable import ALONE, Sharers, usable_memory
 
 log = logging.getLogger("flexpipe")
 
@@ -127,16 +127,21 @@ class Model:
 
 
 def site_here(
-    spec: JobSpec, model: Model, offload: OffloadDirectory, *, stage: int = 0, num_sharers: int = 1
+    spec: JobSpec,
+    model: Model,
+    offload: OffloadDirectory,
+    *,
+    stage: int = 0,
+    sharers: Sharers = ALONE,
 ) -> Site:
-    """What this process may spend, where `num_sharers` of the job's ranks share the host."""
+    """What this process may spend, and what its machine can do."""
     given = spec.given_at(stage)
     device, profile = model.device, model.profile
     machine = None
     if profile is not None:
         machine = Machine(profile=profile, device_tier=device.tier, emulation=spec.emulation)
     return Site(
-        budgets=budgets(given, device, spec.emulation, offload.path, num_sharers),
+        budgets=budgets(given, device, spec.emulation, offload.path, sharers),
         device_tier=device.tier,
         machine=machine,
         given=given,
@@ -228,10 +233,10 @@ def budgets(
     device: Device,
     emulation: Emulation | None,
     offload: Path,
-    num_sharers: int = 1,
+    sharers: Sharers = ALONE,
 ) -> Budgets:
     """What each tier may spend: what is free less a margin, or less where the user says so."""
-    overhead, free = rss_bytes(), usable_memory(device, offload, num_sharers)
+    overhead, free = rss_bytes(), usable_memory(device, offload, sharers)
     cpu = _least(free[Tier.CPU], given.get("cpu_mem"))
     gpu = 0
     if device.has_streams:

@@ -85,6 +85,7 @@ def run_job(spec: JobSpec, probes: Probes | None = None, gang: Gang | None = Non
         model = Model.open(spec, offload, needs_text=file.has_text)
         crew = None
         if gang is not None:
+            gang.watch.clean_up(offload.close)
             model = model.of_shard(gang.shard)
             crew = stack.enter_context(Crew(gang, spec, model, offload))
         journal = _open_journal(spec, model, path, probes)

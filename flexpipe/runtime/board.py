@@ -113,6 +113,12 @@ class Board:
         self.put(f"{name}/{self.ranks.rank}", value)
         return [self.get(f"{name}/{rank}") for rank in range(self.ranks.size)]
 
+    def gather(self, name: str, value: Any) -> list[Any]:
+        """Put up this rank's value; rank 0 waits for all of them, by rank, the others get none."""
+        self.put(f"{name}/{self.ranks.rank}", value)
+        ranks = range(self.ranks.size) if self.ranks.rank == 0 else ()
+        return [self.get(f"{name}/{rank}") for rank in ranks]
+
     def share(self, name: str, value: Any = None) -> Any:
         """What rank 0 gives here, to all."""
         if self.ranks.rank == 0:

@@ -116,11 +116,14 @@ class GroupTransport(Closing):
     ) -> None:
         """Connect with the neighbours; returns when all ranks did. Nobody else may use `store`.
 
-        Only one of these lives in a process at a time.
+        Only one of these lives in a process at a time. `num_sharing` counts the ranks on this
+        rank's device, itself included.
         """
         self._aborted = threading.Event()
         self._buffers: dict[str, Tensor] = {}
+        self._device = device
         self._stream = None if device.type == "cpu" else torch.Stream(device)
+        self.num_sharing = sum(seat == seats[ranks.rank] for seat in seats)
         self._next: _Group | None = None
         self._previous: _Group | None = None
         self._stage: _Group | None = None
@@ -195,7 +198,7 @@ class GroupTransport(Closing):
     ) -> Iterator[Tensor]:
         """What goes over the wire for a flat tensor: itself, or a buffer where it cannot."""
         with self._told(f"rank {group.peer}"), self._stream or contextlib.nullcontext():
-            wire = tensor if group.takes(tensor) else self._on_host(tensor, writes)
+            wire = tensor if group.takes(tensor) else self._buffer(group, tensor, writes)
             if wire is not tensor and reads:
                 wire.copy_(tensor)
             yield wire
@@ -204,12 +207,16 @@ class GroupTransport(Closing):
             if self._stream is not None:
                 self._stream.synchronize()
 
-    def _on_host(self, tensor: Tensor, writes: bool) -> Tensor:
-        """A view of the direction's buffer, which grows to the longest message."""
-        name = f"{tensor.dtype} {writes}"  # lanes that may be at work at once differ in it
+    def _buffer(self, group: _Group, tensor: Tensor, writes: bool) -> Tensor:
+        """A view of the direction's buffer where the group takes messages from, which grows to the
+        longest of them."""
+        where = self._device if group.backend == "nccl" else torch.device("cpu")
+        # lanes that may be at work at once differ in it
+        name = f"{where} {tensor.dtype} {writes}"
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < tensor.numel():
-            buffer = self._buffers[name] = torch.empty(tensor.numel(), dtype=tensor.dtype)
+            made = torch.empty(tensor.numel(), dtype=tensor.dtype, device=where)
+            buffer = self._buffers[name] = made
         return buffer[: tensor.numel()]
 
     @contextlib.contextmanager
