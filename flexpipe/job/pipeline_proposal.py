@@ -27,7 +27,8 @@ _NUM_SHOWN = 5
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineProposal:
-    """What a search came to. `prediction` is of the best plans, thorough; it took `search_s`."""
+    """What a search came to. `prediction` is of the best plans, thorough; it took `search_s`.
+    `least_stages` hold the model, None where stages are given unlike knobs."""
 
     model: str
     device: str
@@ -38,6 +39,7 @@ class PipelineProposal:
     plans: Sequence[Plan]
     prediction: Prediction
     search_s: float
+    least_stages: int | None
 
     @property
     def num_stages(self) -> int:
@@ -61,6 +63,7 @@ class PipelineProposal:
                 "generated_tokens_per_s": made.generated_tokens_per_s,
             },
             "stages": stage_dicts(self.plans, made),
+            "least_stages": self.least_stages,
             "num_choices": self.found.num_choices,
             "search_s": self.search_s,
         }
@@ -82,7 +85,7 @@ class PipelineProposal:
 
     def render(self) -> str:
         """For people, the plan first; every figure is predicted."""
-        made, first = self.prediction, self.plans[0]
+        made, first, least = self.prediction, self.plans[0], self.least_stages
         parts = [
             f"{self.model} in {self.num_stages} stages, each on a machine like {self.device}, in "
             f"{first.compute_dtype}: {self.num_requests} requests, {made.prompt_tokens} prompt "
@@ -97,6 +100,7 @@ class PipelineProposal:
             f"bottleneck: {made.bottleneck}, which alone needs {format_seconds(made.bound_s)}: "
             f"{made.bound_share:.0%} of that bound is reached",
             plain_table(("instead", "tokens/s", "because"), self._others()),
+            "" if least is None else f"{least} such machines are the least that hold it",
             f"{self.found.num_choices} choices estimated, {1 + len(self.found.others)} played, in "
             f"{self.search_s:.1f} s",
         ]
@@ -133,7 +137,11 @@ def propose_pipeline(
     """Search for a pipeline; a PlanError where none fits, or none that fits keeps the limits."""
     began = time.perf_counter()
     sites = outlook.sites(stage_given)
-    found = search_pipeline(outlook.stage_model, sites, arrangement, limits)
+    try:
+        found = search_pipeline(outlook.stage_model, sites, arrangement, limits)
+    except PlanError:
+        outlook.choose_stages(stage_given, arrangement)  # tells what is missing
+        raise
     if found.best is None:
         if found.refused:
             raise PlanError(
@@ -143,6 +151,7 @@ def propose_pipeline(
         outlook.choose_stages(stage_given, arrangement)  # tells what is missing
     assert found.best is not None
     plans, profile = found.best.plans, outlook.machine.profile
+    took_s = time.perf_counter() - began
     return PipelineProposal(
         model=outlook.shape.name,
         device=outlook.device,
@@ -152,5 +161,6 @@ def propose_pipeline(
         found=found,
         plans=plans,
         prediction=predict_stages(outlook.assignments(plans), outlook.needs),
-        search_s=time.perf_counter() - began,
+        search_s=took_s,
+        least_stages=outlook.least_stages(stage_given),
     )

@@ -10,7 +10,7 @@ from typing import Any
 from flexpipe import __version__
 from flexpipe.errors import PlanError
 from flexpipe.job.outlook import Outlook
-from flexpipe.job.shared import predict_shared, shared_dict, shared_table
+from flexpipe.job.shared import predict_shared, shared_dict, shared_line, shared_table
 from flexpipe.job.table import plain_table
 from flexpipe.plan.plan import Plan
 from flexpipe.plan.policy_file import MadeFor, render_policy
@@ -68,6 +68,7 @@ class Proposal:
             "gain_of": dict(self.found.wishes),
             "gain_of_compression": dict(self.found.lossy),
             "stages": shared_dict({1: made, **self.shared}),
+            "least_stages": 1,  # where one machine does not hold it there is no proposal
             "num_choices": self.found.num_choices,
             "search_s": self.search_s,
         }
@@ -180,12 +181,12 @@ def propose(outlook: Outlook, given: Mapping[str, Any], limits: Limits, date: st
     began = time.perf_counter()
     machine = outlook.machine
     found = search(given, outlook.planner(), outlook.needs, machine, limits, explain=True)
-    shared = predict_shared(outlook, given, limits)
     if found.best is None:
         if found.refused:
             raise PlanError(_too_strict(found.refused))
-        _refuse(outlook, given, shared)
+        _refuse(outlook, given, limits)
     assert found.best is not None
+    shared = predict_shared(outlook, given, limits, least=1)
     took_s = time.perf_counter() - began
     plan = found.best.plan
     return Proposal(
@@ -202,19 +203,13 @@ def propose(outlook: Outlook, given: Mapping[str, Any], limits: Limits, date: st
     )
 
 
-def _refuse(
-    outlook: Outlook, given: Mapping[str, Any], shared: Mapping[int, Prediction | None]
-) -> None:
-    """Tell what is missing, and how many such machines would do."""
-    enough = [count for count, made in shared.items() if made is not None]
+def _refuse(outlook: Outlook, given: Mapping[str, Any], limits: Limits) -> None:
+    """Tell what is missing, and what several such machines would come to."""
     try:
         outlook.choose(given)
     except PlanError as error:
-        if not enough:
-            raise
-        raise PlanError(
-            f"{error} Or share it: --pipeline-parallel-size {enough[0]} fits such machines."
-        ) from None
+        shared = predict_shared(outlook, given, limits, outlook.least_stages([given]))
+        raise PlanError(" ".join(filter(None, (str(error), shared_line(shared))))) from None
 
 
 def _too_strict(refused: Sequence[tuple[Scored, str]]) -> str:
