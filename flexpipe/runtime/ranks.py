@@ -24,7 +24,8 @@ class Ranks:
     """This process, `rank` of num_stages x num_shards, and the store at which all meet.
 
     `local_rank` counts the ranks of one host. Rank 0 serves the store unless whoever started the
-    ranks does. `attempt` tells the starts of one gang apart.
+    ranks does. `attempt` tells the starts of one gang apart; with `restarts` whoever started it
+    starts it again when a rank ends with another code than 0.
     """
 
     rank: int
@@ -36,6 +37,7 @@ class Ranks:
     starter: str = "flexpipe"
     store_is_served: bool = True
     attempt: int = 0
+    restarts: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
@@ -101,6 +103,7 @@ class Ranks:
             starter=starter.name,
             store_is_served=variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
             attempt=int(variables.get("TORCHELASTIC_RESTART_COUNT", "0")),
+            restarts=int(variables.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0,
         )
 
     def name(self, rank: int | None = None) -> str:

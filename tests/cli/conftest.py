@@ -11,6 +11,7 @@ import pytest
 
 from flexpipe.job.report import Report
 from flexpipe.job.spec import JobSpec
+from flexpipe.runtime.ranks import Ranks
 
 REPORT = Report(
     model="m",
@@ -36,11 +37,15 @@ class FakeJob:
 
     specs: list[JobSpec] = field(default_factory=list)
     act: Callable[[JobSpec], None] = lambda spec: None
+    report: Report = REPORT
 
     def run_job(self, spec: JobSpec) -> Report:
         self.specs.append(spec)
         self.act(spec)
-        return REPORT
+        return self.report
+
+    def run_shared(self, spec: JobSpec, ranks: Ranks) -> Report:
+        return self.run_job(spec)
 
     @property
     def spec(self) -> JobSpec:
@@ -53,6 +58,7 @@ def job(monkeypatch: pytest.MonkeyPatch) -> FakeJob:
     fake = FakeJob()
     module = ModuleType("flexpipe.job.run")
     module.run_job = fake.run_job  # type: ignore[attr-defined]
+    module.run_shared = fake.run_shared  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flexpipe.job.run", module)
     return fake
 

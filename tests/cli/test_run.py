@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,23 @@ def test_json_is_one_line_last_on_stdout(
     flexpipe("run", "--model", "m", "-i", "in", "-o", "out", "--json")
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and json.loads(out) == json.loads(json.dumps(REPORT.to_dict()))
+
+
+@pytest.mark.parametrize(("most_restarts", "code"), [("0", 6), ("2", 0)])
+def test_a_complete_job_with_failed_requests_ends_with_6_unless_that_would_start_it_again(
+    flexpipe: Flexpipe,
+    job: FakeJob,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    most_restarts: str,
+    code: int,
+) -> None:
+    job.report = replace(REPORT, num_finished=1, num_failed=1)
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": "29401"}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_MAX_RESTARTS": most_restarts}
+    variables["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # so that what the command sets goes again
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    asked = ("run", "--model", "m", "-i", "in", "-o", "out", "--pipeline-parallel-size", 2)
+    assert flexpipe(*asked) == code
+    assert "1 failed" in capsys.readouterr().err

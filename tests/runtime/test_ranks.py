@@ -47,6 +47,14 @@ def test_torchruns_ranks_meet_at_its_own_store() -> None:
     )
 
 
+@pytest.mark.parametrize(("most", "restarts"), [("0", False), ("3", True)])
+def test_ranks_know_whether_a_code_other_than_0_starts_them_again(
+    most: str, restarts: bool
+) -> None:
+    ranks = Ranks.from_environment(4, 1, {**TORCHRUN, "TORCHELASTIC_MAX_RESTARTS": most})
+    assert ranks is not None and ranks.restarts is restarts
+
+
 @pytest.mark.parametrize("variables", [OPEN_MPI, MPICH])
 def test_ranks_that_mpirun_starts_on_one_host_find_each_other_unaided(
     variables: dict[str, str],
