@@ -157,7 +157,7 @@ class Room:
         fits, fails = num_chunks - 1, num_layers - num_chunks * (num_stages - 1) + 1
         # a share that is given may be too small for the tensors of few layers
         usual = num_layers // num_stages if "weights" in self._sites[rank].given else num_chunks
-        guess = self._guesses.get(self._kinds[rank], usual)
+        guess = self._guesses.get(self._kinds[rank]) or usual
         tried, step = min(max(guess, fits + 1), fails - 1), 1
         while fits + 1 < fails:
             if not fits < tried < fails:
