@@ -18,15 +18,7 @@ from functools import cached_property
 from itertools import groupby
 
 from flexpipe.errors import PolicyError
-from flexpipe.model.cost import (
-    CONVERT_ELEMENTS,
-    attend_flops,
-    head_flops,
-    mlp_flops,
-    num_attended,
-    out_flops,
-    qkv_flops,
-)
+from flexpipe.model.cost import CONVERT_ELEMENTS, attend_flops, num_attended
 from flexpipe.plan.block import KV_PAGE, MicroBatchPlan, page_extents
 from flexpipe.plan.hardware import Emulation
 from flexpipe.plan.layer import LayerKind, LayerPlan, Piece
@@ -35,6 +27,7 @@ from flexpipe.plan.plan import Plan
 from flexpipe.plan.tier import Tier
 from flexpipe.policy.curve import Curve, Surface
 from flexpipe.policy.profile import Profile, Rates
+from flexpipe.schedule.flops import compute_flops
 from flexpipe.schedule.op import Kind, Op, Segment, pieces_of
 from flexpipe.schedule.simulate import Cost
 from flexpipe.schedule.step import MicroBatch, Row
@@ -335,14 +328,25 @@ class CostModel:
     def _compute(self, op: Op) -> Cost:
         layer, shape = self.plan.layers[op.layer], self._shape(op)
         if layer.kind == LayerKind.EMBED:
-            work, flops = self._embed_s(op, shape), 0.0  # as the engine counts it
+            work = self._embed_s(op, shape)
         elif layer.kind == LayerKind.HEAD:
-            work, flops = self._head_s(op, layer, shape), self._head_flops(layer, shape)
+            work = self._head_s(op, layer, shape)
         else:
-            work, flops = self._decoder_s(op, layer, shape), self._decoder_flops(op, layer, shape)
+            work = self._decoder_s(op, layer, shape)
         rate = self.emulation.flops_per_s if self.emulation else None
-        seconds = max(work, flops / rate) if rate else work
+        seconds = max(work, self._flops(op, shape) / rate) if rate else work
         return Cost(seconds, "compute", work / seconds)
+
+    def _flops(self, op: Op, shape: Shape) -> int:
+        attends = Piece.ATTEND in pieces_of(self.plan.layers[op.layer], op.segment)
+        here = shape.here[self._window(op)] if attends else ()
+        return compute_flops(
+            self.plan,
+            op,
+            num_new=shape.num_new,
+            num_sampled=shape.num_sampled,
+            attended=sum(rows.attended for rows in here),
+        )
 
     def _embed_s(self, op: Op, shape: Shape) -> float:
         looked_up = shape.num_new * self._config.input_size
@@ -355,11 +359,6 @@ class CostModel:
         if layer.takes_hidden:
             seconds += self._passes_s(shape.num_sampled * self._config.hidden_size)
         return seconds
-
-    def _head_flops(self, layer: LayerPlan, shape: Shape) -> float:
-        assert layer.vocab is not None
-        share = (layer.vocab[1] - layer.vocab[0]) / len(self._config.vocab_rows)
-        return head_flops(self._config, shape.num_sampled) * share
 
     def _decoder_s(self, op: Op, layer: LayerPlan, shape: Shape) -> float:
         config, tokens, pieces = self._config, shape.num_new, pieces_of(layer, op.segment)
@@ -383,20 +382,6 @@ class CostModel:
             gated = config.ffn_size if config.gated_mlp else 0
             seconds += self._numbers_s(self.profile.compute.gating, gated * tokens, _GATE)
         return seconds + self._passes_s(numbers * tokens)
-
-    def _decoder_flops(self, op: Op, layer: LayerPlan, shape: Shape) -> float:
-        config, tokens, pieces = self._config, shape.num_new, pieces_of(layer, op.segment)
-        flops = 0.0
-        if Piece.QKV in pieces:
-            flops += qkv_flops(config, tokens)
-        if Piece.ATTEND in pieces:
-            attended = sum(piece.attended for piece in shape.here[self._window(op)])
-            flops += attend_flops(config, attended)
-        if Piece.OUT in pieces:
-            flops += out_flops(config, tokens)
-        if Piece.MLP in pieces:
-            flops += mlp_flops(config, tokens)
-        return flops
 
     def _layer_overhead_s(self, layer: LayerPlan, segment: Segment | None) -> float:
         """A layer costs one whole, whether it is a whole decoder layer or half of one."""

@@ -27,24 +27,17 @@ from flexpipe.memory.tier import POISON, TierMemory, torch_dtype, typed
 from flexpipe.memory.weights import LayerParts, WeightStore
 from flexpipe.model import segments
 from flexpipe.model.batch import Batch, RopeTable, RowSpan
-from flexpipe.model.cost import (
-    attend_flops,
-    head_flops,
-    mlp_flops,
-    num_attended,
-    out_flops,
-    qkv_flops,
-)
 from flexpipe.model.matmul import CompressedWeight
 from flexpipe.model.sampling import choose
 from flexpipe.model.workspace import Workspace
-from flexpipe.plan.layer import LayerKind, LayerPlan, Piece
+from flexpipe.plan.layer import LayerKind, LayerPlan
 from flexpipe.plan.plan import Plan, PoolPlan
 from flexpipe.plan.tier import Tier
 from flexpipe.runtime.device import Device
 from flexpipe.runtime.ranks import place_name
 from flexpipe.runtime.transport import Transport
-from flexpipe.schedule.op import Kind, Lane, Op, Segment, pieces_of
+from flexpipe.schedule.flops import compute_flops, num_attended_by
+from flexpipe.schedule.op import Kind, Lane, Op, Segment
 from flexpipe.schedule.step import MicroBatch, Row
 
 _APART = (Segment.QKV, Segment.ATTEND, Segment.OUT, Segment.PROJECT)  # with attention on the CPU
@@ -389,7 +382,7 @@ class Stage:
             return
         came_TH = typed(self._messages[1], self._dtype, hidden_TH.shape)
         self._transport.receive(came_TH)
-        hidden_TH.index_copy_(0, self._to_device(order_T), came_TH)
+        hidden_TH.index_copy_(0, self._device.upload(order_T), came_TH)
         if self._device.has_streams:
             torch.accelerator.current_stream().synchronize()
 
@@ -398,7 +391,7 @@ class Stage:
         hidden_TH, order_T = self._hidden.view(self._rows(op), op.hidden_slot), self._order(op)
         if order_T is not None:
             leaving_TH = typed(self._messages[0], self._dtype, hidden_TH.shape)
-            torch.index_select(hidden_TH, 0, self._to_device(order_T), out=leaving_TH)
+            torch.index_select(hidden_TH, 0, self._device.upload(order_T), out=leaving_TH)
             hidden_TH = leaving_TH
         self._send(hidden_TH)
 
@@ -506,7 +499,14 @@ class Stage:
             assert hidden_TH is not None
             self._compute_decoder(op, layer, layout, parts, hidden_TH)
         if self._device.flops_per_s is not None:
-            flops = self.flops(op)
+            rows = self._rows(op)
+            flops = compute_flops(
+                self.plan,
+                op,
+                num_new=rows.num_new,
+                num_sampled=rows.num_sampled,
+                attended=num_attended_by(self.plan, op),
+            )
             wait_until(start + flops / self._device.flops_per_s, self._device.stop)
 
     def _compute_embed(self, op: Op, layout: _Layout, parts: LayerParts, hidden_TH: Tensor) -> None:
@@ -517,10 +517,10 @@ class Stage:
             if codec := self.plan.embedding.codec:
                 rows_TE = CompressedWeight(rows_TE, codec, self.plan.config.input_size)
         elif isinstance(parts.embed_tokens, CompressedWeight):
-            rows_TE = parts.embed_tokens.take(self._to_device(layout.ids_T))
+            rows_TE = parts.embed_tokens.take(self._device.upload(layout.ids_T))
         else:
-            rows_TE = torch.embedding(parts.embed_tokens, self._to_device(layout.ids_T))
-        absent_T = None if layout.absent_T is None else self._to_device(layout.absent_T)
+            rows_TE = torch.embedding(parts.embed_tokens, self._device.upload(layout.ids_T))
+        absent_T = None if layout.absent_T is None else self._device.upload(layout.absent_T)
         segments.embed(
             rows_TE,
             hidden_TH,
@@ -653,32 +653,6 @@ class Stage:
         layout = self._layout(op)
         return layout.sampled, self._logits_view(layout.source.index, len(layout.sampled))
 
-    def flops(self, op: Op) -> int:
-        """Floating-point operations of a COMPUTE op."""
-        layer, batch, config = self._layer(op), self._rows(op), self.plan.config
-        if layer.kind == LayerKind.EMBED:
-            return 0
-        if layer.kind == LayerKind.HEAD:
-            assert layer.vocab is not None
-            share = (layer.vocab[1] - layer.vocab[0]) / len(config.vocab_rows)
-            return int(head_flops(config, batch.num_sampled) * share)
-        pieces, flops = pieces_of(layer, op.segment), 0
-        if Piece.QKV in pieces:
-            flops += qkv_flops(config, batch.num_new)
-        if Piece.ATTEND in pieces:
-            window = config.window(self._decoder(op))
-            attended = sum(
-                num_attended(row.num_context, row.num_new, window)
-                for row in batch.rows
-                if not self.plan.row_attends_on_cpu(batch.index, row.place, row.num_new)
-            )
-            flops += attend_flops(config, attended)
-        if Piece.OUT in pieces:
-            flops += out_flops(config, batch.num_new)
-        if Piece.MLP in pieces:
-            flops += mlp_flops(config, batch.num_new)
-        return flops
-
     # lookups
 
     def _object(self, op: Op) -> str:
@@ -734,17 +708,11 @@ class Stage:
             self.plan.config,
             _spans(layout.runs),
             self._rope,
-            self._to_device,
+            self._device.upload,
             self._dtype,
             kv_codec=self.plan.policy.cache_codec,
             num_elsewhere=len(layout.cpu_runs),
         )
-
-    def _to_device(self, index: Tensor) -> Tensor:
-        if not self._device.has_streams:
-            return index
-        # torch's caching allocator keeps the pinned copy until the stream has read it
-        return index.pin_memory().to(self._device.torch_device, non_blocking=True)
 
     def _embed_rows(self, op: Op, *, on_stage: bool) -> Tensor:
         slot = op.stage_slot if on_stage else op.embed_slot
