@@ -39,8 +39,7 @@ def num_attended_by(plan: Plan, op: Op) -> int:
     layer, batch = plan.layers[op.layer], op.batch
     if batch is None or Piece.ATTEND not in pieces_of(layer, op.segment):
         return 0
-    assert layer.layer is not None
-    window = plan.config.window(layer.layer)
+    window = plan.config.window(layer.decoder)
     return sum(
         num_attended(row.num_context, row.num_new, window)
         for row in batch.rows

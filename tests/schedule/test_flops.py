@@ -9,7 +9,7 @@ from flexpipe.plan.plan import Plan
 from flexpipe.plan.policy import percent_shares
 from flexpipe.schedule.flops import compute_flops, num_attended_by
 from flexpipe.schedule.op import Kind, Op
-from tests.schedule.plans import ops_of, step_of, tiny_plan
+from tests.schedule.plans import ops_of, step_of, tiny_config, tiny_plan
 
 CONTEXT, ROWS = 8, 2
 ON_DEVICE = percent_shares([100, 0, 100, 0, 100, 0])
@@ -39,7 +39,8 @@ def _flops(plan: Plan, op: Op) -> int:
     "knobs", [{}, {"separate_layers": True}, percent_shares([0, 100, 100, 0, 100, 0])]
 )
 def test_halves_and_slices_compute_what_the_whole_layer_does(knobs):
-    plan = tiny_plan({**ON_DEVICE, **knobs}, micro_batch_size=ROWS)
+    config = tiny_config(vocab_size=1000)  # in slices, where it travels
+    plan = tiny_plan({**ON_DEVICE, **knobs}, config=config, micro_batch_size=ROWS)
     attended = ROWS * num_attended(CONTEXT, 1)
     assert flops_of(plan, "decoder 0") == decoder_flops(plan.config, ROWS, attended)
     assert flops_of(plan, "head") == head_flops(plan.config, ROWS)
