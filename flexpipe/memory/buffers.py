@@ -12,7 +12,8 @@ from torch import Tensor
 
 from flexpipe.memory.tier import POISON, TierMemory, torch_dtype, typed
 from flexpipe.model.workspace import Workspace
-from flexpipe.plan.plan import Plan, PoolPlan
+from flexpipe.plan.plan import Plan
+from flexpipe.plan.pools import PoolPlan
 from flexpipe.plan.tier import Tier
 
 
