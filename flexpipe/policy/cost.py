@@ -1,7 +1,7 @@
 """What an op costs: bytes over a link's rate, what computing takes, and overhead.
 
 Every figure comes from a `Profile`; nothing is fitted. What is added up here is what
-`flexpipe.runtime.stage` does for the op, and the bytes are those it moves. An emulated accelerator
+`flexpipe.runtime` does for the op, and the bytes are those it moves. An emulated accelerator
 computes and copies on the CPU: its ops take what the CPU takes, or what the emulated rate makes of
 them where that is longer.
 """

@@ -1,14 +1,14 @@
 """What each op does: the one place where a schedule meets tensors.
 
-A stage holds the pools of a plan and performs ops on them, whatever lane calls. It decides no
-order: that an op finds its inputs ready is the schedule's promise.
+A stage holds the pools of a plan and performs ops on them, whatever lane calls; how is told in the
+modules for moves, computing and messages. It decides no order: that an op finds its inputs ready is
+the schedule's promise.
 
-Shapes: T new tokens, E embedding width, R sampled rows, V vocabulary.
+Shapes: R sampled rows, V vocabulary.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from flexpipe.memory.disk import DiskFile
-from flexpipe.plan.layer import LayerPlan
 from flexpipe.plan.plan import Plan
 from flexpipe.runtime.compute import Compute
 from flexpipe.runtime.device import Device
 from flexpipe.runtime.layout import Layouts, rows_of
 from flexpipe.runtime.messages import Messages
+from flexpipe.runtime.moves import Moves
 from flexpipe.runtime.poison import poison_ahead, poison_all
 from flexpipe.runtime.ranks import place_name
 from flexpipe.runtime.stores import Stores
@@ -74,7 +74,13 @@ class Stage:
         self._layouts = Layouts(plan, device, self.stores.kv_cache)
         if poison:
             poison_all(self.stores)
-        self._work = {**self._moves(), **self._arithmetic(), **self._messages()}
+        self._work: dict[Kind, Work] = {
+            **self._moves(),
+            **self._arithmetic(),
+            **self._messages(),
+            Kind.COMMIT: self._commit,
+            Kind.BARRIER: lambda op: None,
+        }
 
     def load(self, progress: Callable[[int], None]) -> None:
         """Bring the weights home; `progress` is told the bytes read.
@@ -110,6 +116,11 @@ class Stage:
         alone = not (self.plan.pipeline.is_cut or self.plan.config.is_split)
         return whole if alone else f"{_where(self.plan)}: {whole}"
 
+    def logits(self, op: Op) -> tuple[Sequence[Row], Tensor]:
+        """The rows that a SAMPLE op samples and their logits, [R, V]; for whoever watches a run."""
+        layout = self._layouts.of(rows_of(op))
+        return layout.sampled, self.stores.buffers.logits(layout.source.index, len(layout.sampled))
+
     def abort(self) -> None:
         """End the messages that other threads wait in; they raise."""
         if self._transport is not None:
@@ -118,27 +129,39 @@ class Stage:
     def close(self) -> None:
         self.stores.close()
 
+    def _object(self, op: Op) -> str:
+        """What an op is about, behind its kind."""
+        layer = self.plan.layers[op.layer]
+        rank, num_stages = self.plan.rank, self.plan.pipeline.num_stages
+        match op.lane:
+            case Lane.SEND:
+                return f"to stage {(rank + 1) % num_stages}"
+            case Lane.RECEIVE:
+                return f"from stage {(rank - 1) % num_stages}"
+            case Lane.REDUCE:
+                return f"over the shards of {layer.name}"
+        return f"of {layer.name}"
+
     # who does what
 
     def _moves(self) -> dict[Kind, Work]:
+        moves = Moves(self.plan, self._device, self.stores, self._layouts)
         return {
-            Kind.READ_WEIGHT: self._read_weight,
-            Kind.LOAD_WEIGHT: self._load_weight,
-            Kind.READ_EMBED: self._read_embed,
-            Kind.LOAD_EMBED: self._load_embed,
-            Kind.READ_CACHE: self._read_cache,
-            Kind.LOAD_CACHE: self._load_cache,
-            Kind.STORE_CACHE: self._store_cache,
-            Kind.WRITE_CACHE: self._write_cache,
-            Kind.READ_HIDDEN: self._read_hidden,
-            Kind.LOAD_HIDDEN: self._load_hidden,
-            Kind.STORE_HIDDEN: self._store_hidden,
-            Kind.WRITE_HIDDEN: self._write_hidden,
-            Kind.MOVE_QUERY: self._move_query,
-            Kind.MOVE_OUTPUT: self._move_output,
-            Kind.FETCH_TOKENS: self._fetch_tokens,
-            Kind.COMMIT: self._commit,
-            Kind.BARRIER: lambda op: None,
+            Kind.READ_WEIGHT: moves.read_weight,
+            Kind.LOAD_WEIGHT: moves.load_weight,
+            Kind.READ_EMBED: moves.read_embed,
+            Kind.LOAD_EMBED: moves.load_embed,
+            Kind.READ_CACHE: moves.read_cache,
+            Kind.LOAD_CACHE: moves.load_cache,
+            Kind.STORE_CACHE: moves.store_cache,
+            Kind.WRITE_CACHE: moves.write_cache,
+            Kind.READ_HIDDEN: moves.read_hidden,
+            Kind.LOAD_HIDDEN: moves.load_hidden,
+            Kind.STORE_HIDDEN: moves.store_hidden,
+            Kind.WRITE_HIDDEN: moves.write_hidden,
+            Kind.MOVE_QUERY: moves.move_query,
+            Kind.MOVE_OUTPUT: moves.move_output,
+            Kind.FETCH_TOKENS: moves.fetch_tokens,
         }
 
     def _arithmetic(self) -> dict[Kind, Work]:
@@ -161,131 +184,6 @@ class Stage:
             Kind.ALL_REDUCE: messages.all_reduce,
         }
 
-    # moves
-
-    def _read_weight(self, op: Op) -> None:
-        start = time.perf_counter()
-        num_bytes = self.stores.weights.read(
-            self._layer(op), slot=op.weight_slot, stage=op.stage_slot
-        )
-        self._device.disk_read.deliver(num_bytes, start)
-
-    def _load_weight(self, op: Op) -> None:
-        start = time.perf_counter()
-        assert op.weight_slot is not None
-        num_bytes = self.stores.weights.load_layer(
-            self._layer(op), op.weight_slot, op.stage_slot, self._device.copy
-        )
-        self._device.h2d.deliver(num_bytes, start)
-
-    def _read_embed(self, op: Op) -> None:
-        start = time.perf_counter()
-        layout, buffers = self._layouts.of(rows_of(op)), self.stores.buffers
-        if self.plan.streams_to_device:
-            rows_TE = buffers.staged_embed_rows(layout.source.num_new, op.stage_slot)
-        else:
-            rows_TE = buffers.embed_rows(layout.source.num_new, op.embed_slot)
-        num_bytes = self.stores.weights.embedding_rows(layout.ids_T, rows_TE)
-        self._device.disk_read.deliver(num_bytes, start)
-
-    def _load_embed(self, op: Op) -> None:
-        start = time.perf_counter()
-        num_tokens, buffers = rows_of(op).num_new, self.stores.buffers
-        source = buffers.staged_embed_rows(num_tokens, op.stage_slot)
-        self._device.copy(buffers.embed_rows(num_tokens, op.embed_slot), source)
-        self._device.h2d.deliver(source.nbytes, start)
-
-    def _read_cache(self, op: Op) -> None:
-        start = time.perf_counter()
-        num_bytes = self.stores.kv_cache.read(
-            rows_of(op), self._layer(op).decoder, slot=op.kv_slot, stage=op.stage_slot
-        )
-        self._device.disk_read.deliver(num_bytes, start)
-
-    def _load_cache(self, op: Op) -> None:
-        start = time.perf_counter()
-        assert op.kv_slot is not None
-        num_bytes = self.stores.kv_cache.load(
-            rows_of(op),
-            self._layer(op).decoder,
-            slot=op.kv_slot,
-            stage=op.stage_slot,
-            copy=self._device.copy,
-        )
-        self._device.h2d.deliver(num_bytes, start)
-
-    def _store_cache(self, op: Op) -> None:
-        start = time.perf_counter()
-        assert op.kv_slot is not None
-        num_bytes = self.stores.kv_cache.store(
-            rows_of(op),
-            self._layer(op).decoder,
-            slot=op.kv_slot,
-            stage=op.stage_slot,
-            copy=self._device.copy,
-        )
-        self._device.d2h.deliver(num_bytes, start)
-
-    def _write_cache(self, op: Op) -> None:
-        start = time.perf_counter()
-        num_bytes = self.stores.kv_cache.write(
-            rows_of(op), self._layer(op).decoder, slot=op.kv_slot, stage=op.stage_slot
-        )
-        self._device.disk_write.deliver(num_bytes, start)
-
-    def _read_hidden(self, op: Op) -> None:
-        start = time.perf_counter()
-        num_bytes = self.stores.hidden.read(rows_of(op), slot=op.hidden_slot, stage=op.stage_slot)
-        self._device.disk_read.deliver(num_bytes, start)
-
-    def _load_hidden(self, op: Op) -> None:
-        start = time.perf_counter()
-        assert op.hidden_slot is not None
-        num_bytes = self.stores.hidden.load(
-            rows_of(op), slot=op.hidden_slot, stage=op.stage_slot, copy=self._device.copy
-        )
-        self._device.h2d.deliver(num_bytes, start)
-
-    def _store_hidden(self, op: Op) -> None:
-        start = time.perf_counter()
-        assert op.hidden_slot is not None
-        num_bytes = self.stores.hidden.store(
-            rows_of(op), slot=op.hidden_slot, stage=op.stage_slot, copy=self._device.copy
-        )
-        self._device.d2h.deliver(num_bytes, start)
-
-    def _write_hidden(self, op: Op) -> None:
-        start = time.perf_counter()
-        num_bytes = self.stores.hidden.write(rows_of(op), slot=op.hidden_slot, stage=op.stage_slot)
-        self._device.disk_write.deliver(num_bytes, start)
-
-    def _move_query(self, op: Op) -> None:
-        start = time.perf_counter()
-        num_bytes = self.stores.queries.move_queries(*self._query_places(op), self._device.copy)
-        self._device.d2h.deliver(num_bytes, start)
-
-    def _move_output(self, op: Op) -> None:
-        start = time.perf_counter()
-        num_bytes = self.stores.queries.move_outputs(*self._query_places(op), self._device.copy)
-        self._device.h2d.deliver(num_bytes, start)
-
-    def _query_places(self, op: Op) -> tuple[int, int, int, int]:
-        """Slot and stage, new tokens, rows that attend on the CPU."""
-        assert op.attention_slot is not None and op.stage_slot is not None
-        num_tokens, num_rows = rows_of(op).num_new, self._layouts.of(rows_of(op)).num_cpu_rows
-        return op.attention_slot, op.stage_slot, num_tokens, num_rows
-
-    def _fetch_tokens(self, op: Op) -> None:
-        layout = self._layouts.of(rows_of(op))
-        assert layout.tokens is not None
-        count = len(layout.sampled)
-        fetched = self.stores.buffers.fetched[layout.source.index]
-        for target, source in zip(fetched, layout.tokens, strict=True):
-            target[:count].copy_(source, non_blocking=target.is_pinned())
-        if self.plan.streams_to_device:
-            num_bytes = sum(source.nbytes for source in layout.tokens)
-            self._device.d2h.deliver(num_bytes, time.perf_counter())
-
     def _commit(self, op: Op) -> None:
         layout = self._layouts.of(rows_of(op))
         tokens_R, finite_R = self.stores.buffers.fetched[layout.source.index]
@@ -298,28 +196,6 @@ class Stage:
         ]
         assert self._commit_rows is not None
         self._commit_rows(layout.source, sampled)
-
-    def logits(self, op: Op) -> tuple[Sequence[Row], Tensor]:
-        """The rows that a SAMPLE op samples and their logits, [R, V]; for whoever watches a run."""
-        layout = self._layouts.of(rows_of(op))
-        return layout.sampled, self.stores.buffers.logits(layout.source.index, len(layout.sampled))
-
-    # lookups
-
-    def _object(self, op: Op) -> str:
-        """What an op is about, behind its kind."""
-        rank, num_stages = self.plan.rank, self.plan.pipeline.num_stages
-        match op.lane:
-            case Lane.SEND:
-                return f"to stage {(rank + 1) % num_stages}"
-            case Lane.RECEIVE:
-                return f"from stage {(rank - 1) % num_stages}"
-            case Lane.REDUCE:
-                return f"over the shards of {self._layer(op).name}"
-        return f"of {self._layer(op).name}"
-
-    def _layer(self, op: Op) -> LayerPlan:
-        return self.plan.layers[op.layer]
 
 
 def _where(plan: Plan) -> str:
