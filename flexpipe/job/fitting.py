@@ -9,7 +9,7 @@ from typing import Any
 from flexpipe.job.outlook import Inquiry, Outlook
 from flexpipe.job.table import plain_table
 from flexpipe.model.config import ModelConfig
-from flexpipe.plan.plan import Planner
+from flexpipe.plan.planner import Planner
 from flexpipe.plan.policy_file import MadeFor
 from flexpipe.plan.spelling import as_options
 from flexpipe.plan.tier import Tier

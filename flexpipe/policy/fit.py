@@ -12,7 +12,8 @@ from typing import Any
 
 from flexpipe.errors import PolicyError
 from flexpipe.model.config import ModelConfig
-from flexpipe.plan.plan import Plan, Planner
+from flexpipe.plan.plan import Plan
+from flexpipe.plan.planner import Planner
 from flexpipe.plan.policy import Shares
 from flexpipe.plan.rule import choose_plan
 from flexpipe.plan.tier import Tier

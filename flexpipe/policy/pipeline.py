@@ -19,7 +19,8 @@ from flexpipe.errors import PolicyError
 from flexpipe.plan.arrangement import Arrangement
 from flexpipe.plan.block import Need
 from flexpipe.plan.pipeline import Pipeline
-from flexpipe.plan.plan import Budgets, Plan, Planner
+from flexpipe.plan.plan import Budgets, Plan
+from flexpipe.plan.planner import Planner
 from flexpipe.plan.rule import choose_plan
 from flexpipe.plan.tier import Tier
 from flexpipe.policy.choices import Choice, Choices

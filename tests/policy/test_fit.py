@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from flexpipe.model.config import ModelConfig
 from flexpipe.plan.block import Need
-from flexpipe.plan.plan import Budgets, Planner
+from flexpipe.plan.plan import Budgets
+from flexpipe.plan.planner import Planner
 from flexpipe.plan.policy import Policy
 from flexpipe.plan.rule import choose_plan
 from flexpipe.plan.tier import Tier

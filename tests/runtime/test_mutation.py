@@ -382,7 +382,7 @@ class Swap:
         self.done = True
         stage = self.stages[0]
         one, other = stage.plan.micro_batches[0].places(self.tier)[:2]
-        stage.kv_cache.swap_rows(0, one, other)
+        stage.stores.kv_cache.swap_rows(0, one, other)
 
 
 @pytest.mark.parametrize(("kv", "tier"), [((100, 0), Tier.GPU), ((0, 100), Tier.CPU)])
