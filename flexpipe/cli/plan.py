@@ -71,7 +71,7 @@ def plan(
             raise InputError("--fit-only knows no rates: drop --output-file and the limits")
         from flexpipe.job.fitting import look
 
-        fitting = look(inquiry, given, made_for)
+        fitting = look(inquiry, given, made_for, num_shards=arrangement.num_shards)
         print(json.dumps(fitting.to_dict()) if as_json else fitting.render())
         if not fitting.fits:
             click.get_current_context().exit(4)

@@ -30,9 +30,9 @@ from flexpipe.plan.plan import Budgets, Plan
 from flexpipe.plan.policy import Policy, knob
 from flexpipe.plan.tier import Tier
 from flexpipe.policy.curve import Curve
-from flexpipe.policy.pipeline import Site
 from flexpipe.policy.profile import parse_profile, render_profile
 from flexpipe.policy.shares import Machine
+from flexpipe.policy.site import Site
 from flexpipe.profiling.ring import message_seconds, slowest_link
 from flexpipe.runtime.control import Follower, Publisher
 from flexpipe.runtime.device import Device

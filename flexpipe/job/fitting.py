@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from flexpipe.job.outlook import Inquiry, Outlook
 from flexpipe.job.table import plain_table
-from flexpipe.model.config import ModelConfig
-from flexpipe.plan.planner import Planner
 from flexpipe.plan.policy_file import MadeFor
 from flexpipe.plan.spelling import as_options
 from flexpipe.plan.tier import Tier
@@ -74,14 +72,15 @@ class Fitting:
         )
 
 
-def look(inquiry: Inquiry, given: Mapping[str, Any], made_for: MadeFor | None = None) -> Fitting:
+def look(
+    inquiry: Inquiry,
+    given: Mapping[str, Any],
+    made_for: MadeFor | None = None,
+    *,
+    num_shards: int = 1,
+) -> Fitting:
     """Ask about bytes alone."""
-    outlook = inquiry.outlook(given, made_for, needs_rates=False)
-
-    def planner_for(config: ModelConfig) -> Planner:
-        return replace(outlook, shape=replace(outlook.shape, config=config)).planner()
-
-    fit = find_fit(
-        given, planner_for, outlook.shape.config, outlook.device_tier, len(outlook.needs)
-    )
+    outlook = inquiry.outlook(given, made_for, needs_rates=False, num_shards=num_shards)
+    [site] = outlook.sites([given])
+    fit = find_fit(outlook.stage_model, site)
     return Fitting(model=outlook.shape.name, device=outlook.device, outlook=outlook, fit=fit)

@@ -34,11 +34,13 @@ from flexpipe.plan.policy_file import MadeFor
 from flexpipe.plan.rule import advice
 from flexpipe.plan.tier import Tier
 from flexpipe.policy.dtype import candidate_dtypes, compute_dtype
-from flexpipe.policy.pipeline import Model, Site, best_pipeline
+from flexpipe.policy.pipeline import best_pipeline
 from flexpipe.policy.predict import Assignment
 from flexpipe.policy.profile import Profile, read_profile
+from flexpipe.policy.room import least_stages
 from flexpipe.policy.search import best_plan
 from flexpipe.policy.shares import Machine
+from flexpipe.policy.site import Model, Site
 from flexpipe.preset import hardware_file
 from flexpipe.units import MIB
 
@@ -180,7 +182,7 @@ class Outlook:
             Site(
                 budgets=_within(self.budgets, given),
                 device_tier=self.device_tier,
-                machine=self.machine,
+                machine=None if self.profile is None else self.machine,
                 given=given,
             )
             for given in stage_given
@@ -196,7 +198,8 @@ class Outlook:
         planner = self.planner()
         plan = best_plan(given, planner, self.needs, self.device_tier, self.machine)
         if plan.shortfalls():
-            check_fits(plan, advice(given, planner, self.device_tier, len(self.needs)))
+            change = advice(given, planner, self.device_tier, len(self.needs))
+            check_fits(plan, " ".join((change, *self._more_stages([given]))))
         return plan
 
     def choose_stages(
@@ -207,9 +210,24 @@ class Outlook:
         if arrangement.num_stages == 1:
             return (self.choose(stage_given[0]),)
         plans = best_pipeline(self.stage_model, self.sites(stage_given), arrangement)
-        for plan in plans:
-            check_fits(plan, "Use more stages, or machines with more memory.")
+        if any(plan.shortfalls() for plan in plans):
+            change = self._more_stages(stage_given) or ["Use machines with more memory."]
+            for plan in plans:
+                check_fits(plan, " ".join(change))
         return plans
+
+    def least_stages(self, stage_given: Sequence[Mapping[str, Any]]) -> int | None:
+        """The smallest number of such machines that hold the model; None where no number does, or
+        where stages are given unlike knobs."""
+        site, *others = self.sites(stage_given)
+        return None if any(one != site for one in others) else least_stages(self.stage_model, site)
+
+    def _more_stages(self, stage_given: Sequence[Mapping[str, Any]]) -> list[str]:
+        """What to tell of pipelines that do fit."""
+        least = self.least_stages(stage_given)
+        if least is None:
+            return []
+        return [f"At least {least} such machines hold it: --pipeline-parallel-size {least}."]
 
     def assignments(self, plans: Sequence[Plan]) -> list[Assignment]:
         """Each stage's plan on a machine like this one."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from flexpipe import __version__
 from flexpipe.errors import PlanError
+from flexpipe.job.found import because, bottleneck_line, opening, prediction_dict, prediction_line
 from flexpipe.job.outlook import Outlook
 from flexpipe.job.stages import stage_dicts, stage_table
 from flexpipe.job.table import plain_table
@@ -20,14 +20,15 @@ from flexpipe.plan.spelling import as_options
 from flexpipe.policy.pipeline import FoundPipeline, ScoredPipeline, search_pipeline
 from flexpipe.policy.predict import Prediction, predict_stages
 from flexpipe.policy.search import Limits
-from flexpipe.units import format_count, format_seconds
+from flexpipe.units import format_count
 
 _NUM_SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineProposal:
-    """What a search came to. `prediction` is of the best plans, thorough; it took `search_s`."""
+    """What a search came to. `prediction` is of the best plans, thorough; it took `search_s`.
+    `least_stages` hold the model, None where stages are given unlike knobs."""
 
     model: str
     device: str
@@ -38,6 +39,7 @@ class PipelineProposal:
     plans: Sequence[Plan]
     prediction: Prediction
     search_s: float
+    least_stages: int | None
 
     @property
     def num_stages(self) -> int:
@@ -46,8 +48,6 @@ class PipelineProposal:
     def to_dict(self) -> dict[str, Any]:
         """Plain values; seconds and bytes."""
         made, first = self.prediction, self.plans[0]
-        figures = asdict(made)
-        del figures["spans"], figures["stages"]
         return {
             "model": self.model,
             "device": self.device,
@@ -55,34 +55,25 @@ class PipelineProposal:
             "compute_dtype": first.compute_dtype,
             "num_requests": self.num_requests,
             "num_blocks": first.pipeline.num_blocks,
-            "prediction": {
-                **figures,
-                "total_s": made.total_s,
-                "generated_tokens_per_s": made.generated_tokens_per_s,
-            },
+            "prediction": prediction_dict(made),
             "stages": stage_dicts(self.plans, made),
+            "least_stages": self.least_stages,
             "num_choices": self.found.num_choices,
             "search_s": self.search_s,
         }
 
     def policy_file(self) -> str:
         """The stages' policies, complete, with what they were made for."""
-        made, first = self.prediction, self.plans[0]
-        opening = (
-            f"Found by flexpipe {__version__} on {self.date} for {self.model} in {self.num_stages} "
-            f"stages: {self.num_requests} requests,",
-            f"{made.prompt_tokens} prompt tokens, {made.generated_tokens} to generate; machines: "
-            f"{self.profile}.",
-            f"Predicted: {format_count(made.generated_tokens_per_s)} tokens/s, "
-            f"{format_seconds(made.total_s)} in all; {made.bottleneck} is the bottleneck.",
-        )
+        what, where = f"{self.model} in {self.num_stages} stages", f"machines: {self.profile}"
+        lines = opening(what, where, self.date, self.num_requests, self.prediction)
         layers = [[len(chunk) for chunk in p.pipeline.chunks(p.rank)] for p in self.plans]
         policies = [plan.policy for plan in self.plans]
-        return render_stages(policies, layers, MadeFor.of(self.model, first.config), opening)
+        made_for = MadeFor.of(self.model, self.plans[0].config)
+        return render_stages(policies, layers, made_for, lines)
 
     def render(self) -> str:
         """For people, the plan first; every figure is predicted."""
-        made, first = self.prediction, self.plans[0]
+        made, first, least = self.prediction, self.plans[0], self.least_stages
         parts = [
             f"{self.model} in {self.num_stages} stages, each on a machine like {self.device}, in "
             f"{first.compute_dtype}: {self.num_requests} requests, {made.prompt_tokens} prompt "
@@ -90,13 +81,10 @@ class PipelineProposal:
             "flight",
             "\n".join(self._policies()),
             stage_table(self.plans, made),
-            f"predicted: {format_count(made.generated_tokens_per_s)} tokens/s, done in "
-            f"{format_seconds(made.total_s)} (load {format_seconds(made.load_s)}, prefill "
-            f"{format_seconds(made.prefill_s)}, decode {format_seconds(made.decode_s)}); a request "
-            f"takes {format_seconds(made.latency_s)}",
-            f"bottleneck: {made.bottleneck}, which alone needs {format_seconds(made.bound_s)}: "
-            f"{made.bound_share:.0%} of that bound is reached",
+            prediction_line(made),
+            bottleneck_line(made),
             plain_table(("instead", "tokens/s", "because"), self._others()),
+            "" if least is None else f"{least} such machines are the least that hold it",
             f"{self.found.num_choices} choices estimated, {1 + len(self.found.others)} played, in "
             f"{self.search_s:.1f} s",
         ]
@@ -119,8 +107,7 @@ def _row(one: ScoredPipeline) -> tuple[str, str, str]:
         f"{policy.micro_batch_size} rows x {policy.num_micro_batches}, "
         f"{policy.max_batch_tokens} tokens a step"
     )
-    because = f"{made.bottleneck} needs {format_seconds(made.bound_s)}"
-    return block, format_count(made.generated_tokens_per_s), because
+    return block, format_count(made.generated_tokens_per_s), because(made)
 
 
 def propose_pipeline(
@@ -133,7 +120,11 @@ def propose_pipeline(
     """Search for a pipeline; a PlanError where none fits, or none that fits keeps the limits."""
     began = time.perf_counter()
     sites = outlook.sites(stage_given)
-    found = search_pipeline(outlook.stage_model, sites, arrangement, limits)
+    try:
+        found = search_pipeline(outlook.stage_model, sites, arrangement, limits)
+    except PlanError:
+        outlook.choose_stages(stage_given, arrangement)  # tells what is missing
+        raise
     if found.best is None:
         if found.refused:
             raise PlanError(
@@ -142,15 +133,17 @@ def propose_pipeline(
             )
         outlook.choose_stages(stage_given, arrangement)  # tells what is missing
     assert found.best is not None
-    plans, profile = found.best.plans, outlook.machine.profile
+    plans = found.best.plans
+    took_s = time.perf_counter() - began
     return PipelineProposal(
         model=outlook.shape.name,
         device=outlook.device,
         date=date,
-        profile=f"{profile.name}, {profile.source} {profile.date}",
+        profile=outlook.machine.profile.title,
         num_requests=len(outlook.needs),
         found=found,
         plans=plans,
         prediction=predict_stages(outlook.assignments(plans), outlook.needs),
-        search_s=time.perf_counter() - began,
+        search_s=took_s,
+        least_stages=outlook.least_stages(stage_given),
     )

@@ -35,10 +35,12 @@ from flexpipe.plan.policy import Policy
 from flexpipe.plan.rule import advice
 from flexpipe.plan.tier import Tier
 from flexpipe.policy.dtype import candidate_dtypes, compute_dtype
-from flexpipe.policy.pipeline import MakePlanner, Site, best_pipeline, pipeline_by_rule
-from flexpipe.policy.pipeline import Model as Shared
+from flexpipe.policy.pipeline import best_pipeline
 from flexpipe.policy.profile import Profile
+from flexpipe.policy.room import pipeline_by_rule
 from flexpipe.policy.shares import Machine
+from flexpipe.policy.site import MakePlanner, Site
+from flexpipe.policy.site import Model as Shared
 from flexpipe.profiling.cache import machine_profile
 from flexpipe.runtime.device import Device, open_device
 from flexpipe.runtime.usable import ALONE, Sharers, usable_memory

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from flexpipe import __version__
 from flexpipe.errors import PlanError
+from flexpipe.job.found import because, bottleneck_line, opening, prediction_dict, prediction_line
 from flexpipe.job.outlook import Outlook
-from flexpipe.job.shared import predict_shared, shared_dict, shared_table
+from flexpipe.job.shared import predict_shared, shared_dict, shared_line, shared_table
 from flexpipe.job.table import plain_table
 from flexpipe.plan.plan import Plan
 from flexpipe.plan.policy_file import MadeFor, render_policy
@@ -43,8 +43,6 @@ class Proposal:
     def to_dict(self) -> dict[str, Any]:
         """Plain values; seconds and bytes."""
         made = self.prediction
-        figures = asdict(made)
-        del figures["spans"], figures["stages"]
         return {
             "model": self.model,
             "device": self.device,
@@ -53,9 +51,7 @@ class Proposal:
             "num_requests": self.num_requests,
             "policy": self.plan.policy.to_dict(),
             "prediction": {
-                **figures,
-                "total_s": made.total_s,
-                "generated_tokens_per_s": made.generated_tokens_per_s,
+                **prediction_dict(made),
                 "disk_bytes_per_1000_tokens": disk_writes(made),
             },
             "tiers": {tier.value: self._tier(tier) for tier in self._tiers},
@@ -68,23 +64,16 @@ class Proposal:
             "gain_of": dict(self.found.wishes),
             "gain_of_compression": dict(self.found.lossy),
             "stages": shared_dict({1: made, **self.shared}),
+            "least_stages": 1,  # where one machine does not hold it there is no proposal
             "num_choices": self.found.num_choices,
             "search_s": self.search_s,
         }
 
     def policy_file(self) -> str:
         """The policy, complete, with what it was made for."""
-        made = self.prediction
-        opening = (
-            f"Found by flexpipe {__version__} on {self.date} for {self.model}: "
-            f"{self.num_requests} requests,",
-            f"{made.prompt_tokens} prompt tokens, {made.generated_tokens} to generate; machine: "
-            f"{self.profile}.",
-            f"Predicted: {format_count(made.generated_tokens_per_s)} tokens/s, "
-            f"{format_seconds(made.total_s)}"
-            f" in all; {made.bottleneck} is the bottleneck.",
-        )
-        return render_policy(self.plan.policy, MadeFor.of(self.model, self.plan.config), opening)
+        where = f"machine: {self.profile}"
+        lines = opening(self.model, where, self.date, self.num_requests, self.prediction)
+        return render_policy(self.plan.policy, MadeFor.of(self.model, self.plan.config), lines)
 
     def render(self) -> str:
         """For people, the plan first; every figure is predicted."""
@@ -97,13 +86,10 @@ class Proposal:
                 ("tier", "weights", "KV cache", "hidden", "buffers", "free", "budget"),
                 [self._tier_row(tier) for tier in self._tiers],
             ),
-            f"predicted: {format_count(made.generated_tokens_per_s)} tokens/s, done in "
-            f"{format_seconds(made.total_s)} (load {format_seconds(made.load_s)}, prefill "
-            f"{format_seconds(made.prefill_s)}, decode {format_seconds(made.decode_s)}); a request "
-            f"takes {format_seconds(made.latency_s)}; {format_bytes(disk_writes(made))} written to "
-            "disk per 1,000 tokens",
-            f"bottleneck: {made.bottleneck}, which alone needs {format_seconds(made.bound_s)}: "
-            f"{made.bound_share:.0%} of that bound is reached",
+            prediction_line(
+                made, f"; {format_bytes(disk_writes(made))} written to disk per 1,000 tokens"
+            ),
+            bottleneck_line(made),
             *self._comparisons(),
             shared_table({1: made, **self.shared}) if self.shared else "",
             f"{self.found.num_choices} choices estimated, {self._num_played} played, in "
@@ -155,9 +141,8 @@ class Proposal:
 
     def _row(self, name: str, one: Scored) -> tuple[str, str, str, str]:
         made, policy = one.prediction, one.plan.policy
-        because = f"{made.bottleneck} needs {format_seconds(made.bound_s)}"
         differs = difference(policy.to_dict(), self.plan.policy.to_dict()) or "nothing"
-        return name, format_count(made.generated_tokens_per_s), because, differs
+        return name, format_count(made.generated_tokens_per_s), because(made), differs
 
     def _tier_row(self, tier: Tier) -> tuple[str, ...]:
         return tier.value, *(format_bytes(size) for size in self._tier(tier).values())
@@ -180,19 +165,19 @@ def propose(outlook: Outlook, given: Mapping[str, Any], limits: Limits, date: st
     began = time.perf_counter()
     machine = outlook.machine
     found = search(given, outlook.planner(), outlook.needs, machine, limits, explain=True)
-    shared = predict_shared(outlook, given, limits)
     if found.best is None:
         if found.refused:
             raise PlanError(_too_strict(found.refused))
-        _refuse(outlook, given, shared)
+        _refuse(outlook, given, limits)
     assert found.best is not None
+    shared = predict_shared(outlook, given, limits, least=1)
     took_s = time.perf_counter() - began
     plan = found.best.plan
     return Proposal(
         model=outlook.shape.name,
         device=outlook.device,
         date=date,
-        profile=f"{machine.profile.name}, {machine.profile.source} {machine.profile.date}",
+        profile=machine.profile.title,
         num_requests=len(outlook.needs),
         found=found,
         plan=plan,
@@ -202,19 +187,13 @@ def propose(outlook: Outlook, given: Mapping[str, Any], limits: Limits, date: st
     )
 
 
-def _refuse(
-    outlook: Outlook, given: Mapping[str, Any], shared: Mapping[int, Prediction | None]
-) -> None:
-    """Tell what is missing, and how many such machines would do."""
-    enough = [count for count, made in shared.items() if made is not None]
+def _refuse(outlook: Outlook, given: Mapping[str, Any], limits: Limits) -> None:
+    """Tell what is missing, and what several such machines would come to."""
     try:
         outlook.choose(given)
     except PlanError as error:
-        if not enough:
-            raise
-        raise PlanError(
-            f"{error} Or share it: --pipeline-parallel-size {enough[0]} fits such machines."
-        ) from None
+        shared = predict_shared(outlook, given, limits, outlook.least_stages([given]))
+        raise PlanError(" ".join(filter(None, (str(error), shared_line(shared))))) from None
 
 
 def _too_strict(refused: Sequence[tuple[Scored, str]]) -> str:

@@ -42,8 +42,8 @@ from flexpipe.plan.block import Need, longest_first
 from flexpipe.plan.codec import FORMAT_VERSION
 from flexpipe.plan.plan import Plan
 from flexpipe.plan.policy import Policy
-from flexpipe.policy.pipeline import Site
 from flexpipe.policy.predict import Assignment
+from flexpipe.policy.site import Site
 from flexpipe.runtime.device import device_of_rank
 from flexpipe.runtime.gang import Gang, joined
 from flexpipe.runtime.ranks import Ranks

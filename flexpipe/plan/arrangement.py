@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from flexpipe.errors import PolicyError
+from flexpipe.plan.pipeline import Pipeline
 
 Partition = Literal["balanced", "even"]
 PARTITIONS: tuple[Partition, ...] = get_args(Partition)
@@ -67,6 +68,15 @@ class Arrangement:
             return replace(self, num_stages=num_stages)
         num_chunks = len(layers) // num_stages
         return replace(self, num_stages=num_stages, num_chunks=num_chunks, layers=layers)
+
+    def pipeline(self, cut: tuple[int, ...]) -> Pipeline:
+        """A model in so many stages, with so many layers in each virtual one."""
+        return Pipeline(
+            layers=cut,
+            num_stages=self.num_stages,
+            num_blocks=self.num_blocks_in_flight,
+            async_comm=self.async_comm,
+        )
 
     @classmethod
     def parse_layers(cls, text: str) -> tuple[int, ...]:

@@ -6,19 +6,14 @@ pipeline stages it would take to hold everything beside the devices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-from flexpipe.errors import PolicyError
-from flexpipe.model.config import ModelConfig
+from flexpipe.plan.pipeline import Pipeline
 from flexpipe.plan.plan import Plan
-from flexpipe.plan.planner import Planner
-from flexpipe.plan.policy import Shares
-from flexpipe.plan.rule import choose_plan
 from flexpipe.plan.tier import Tier
-
-MakePlanner = Callable[[ModelConfig], Planner]
+from flexpipe.policy.room import least_stages, plan_on
+from flexpipe.policy.site import Model, Site
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,67 +30,15 @@ class Fit:
         return next((plan for plan in self.plans.values() if plan is not None), None)
 
 
-def find_fit(
-    given: Mapping[str, Any],
-    make_planner: MakePlanner,
-    config: ModelConfig,
-    device_tier: Tier,
-    num_rows: int,
-) -> Fit:
-    """How a model fits; `make_planner` plans for a model with other layers than `config`'s."""
-    tiers = tuple(Tier)[tuple(Tier).index(device_tier) :]
-    ways = {_way(tiers[: count + 1]): tiers[: count + 1] for count in range(len(tiers))}
-    plans, stages = {}, {}
-    for way, allowed in ways.items():
-        planner = make_planner(config)
-        plans[way] = _plan(given, planner, allowed, num_rows)
-        stages[way] = _least_stages(given, make_planner, config, allowed, num_rows)
+def find_fit(model: Model, site: Site) -> Fit:
+    """How a model fits such machines."""
+    whole = Pipeline.whole(model.num_layers)
+    planner, num_rows = model.make_planner(whole, 0, site.budgets), len(model.needs)
+    tiers = tuple(Tier)[tuple(Tier).index(site.device_tier) :]
+    plans, stages = dict[str, Plan | None](), dict[str, int | None]()
+    for count in range(len(tiers)):
+        allowed = tiers[: count + 1]
+        way = "on " + " and ".join(tier.value for tier in allowed)
+        plans[way] = plan_on(allowed, site.given, planner, num_rows)
+        stages[way] = least_stages(model, site, allowed) if plans[way] is None else 1
     return Fit(plans=plans, stages=stages)
-
-
-def _way(tiers: Sequence[Tier]) -> str:
-    return "on " + " and ".join(tier.value for tier in tiers)
-
-
-def _plan(
-    given: Mapping[str, Any], planner: Planner, allowed: Sequence[Tier], num_rows: int
-) -> Plan | None:
-    """A plan that fits and rests nothing on a tier that is not allowed."""
-    asked = dict(given)
-    if len(allowed) == 1:
-        only = Shares(**{allowed[0].value: 1.0})
-        for kind in ("weights", "kv_cache", "hidden"):
-            asked.setdefault(kind, only)
-    try:
-        plan = choose_plan(asked, planner, allowed[0], num_rows)
-    except PolicyError:
-        return None
-    used = {
-        tier
-        for kind in ("weights", "kv_cache", "hidden")
-        for tier in getattr(plan.policy, kind).tiers
-    }
-    return None if plan.shortfalls() or not used <= set(allowed) else plan
-
-
-def _least_stages(
-    given: Mapping[str, Any],
-    make_planner: MakePlanner,
-    config: ModelConfig,
-    allowed: Sequence[Tier],
-    num_rows: int,
-) -> int | None:
-    """Every stage is taken to hold the embedding and the head, of which it needs one at most."""
-    low, high = 1, config.num_layers
-
-    def fits(stages: int) -> bool:
-        layers = -(-config.num_layers // stages)
-        part = replace(config, num_layers=layers, windows=config.windows[:layers])
-        return _plan(given, make_planner(part), allowed, num_rows) is not None
-
-    if not fits(high):
-        return None
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle + 1, high)
-    return low

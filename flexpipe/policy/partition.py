@@ -14,6 +14,7 @@ from math import inf
 from typing import NamedTuple
 
 from flexpipe.errors import PlanError, PolicyError
+from flexpipe.plan.arrangement import Arrangement
 
 # seconds that a rank takes for so many decoder layers; inf where it cannot hold them
 StageSeconds = Callable[[int, int], float]
@@ -48,6 +49,39 @@ def by_hand(layers: Sequence[int], num_layers: int, num_stages: int, num_chunks:
     return tuple(layers)
 
 
+def simple_cut(arrangement: Arrangement, num_layers: int) -> Cut:
+    """By hand where that is asked, else even."""
+    where = num_layers, arrangement.num_stages, arrangement.num_chunks
+    return even(*where) if arrangement.layers is None else by_hand(arrangement.layers, *where)
+
+
+def cut_with(arrangement: Arrangement, rank: int, count: int, num_layers: int) -> Cut:
+    """Any cut that gives a rank so many layers; all of them where it is the only one."""
+    num_stages, num_chunks = arrangement.num_stages, arrangement.num_chunks
+    if num_stages == 1:
+        return (num_layers,)
+    rest = iter(even(num_layers - count, num_stages - 1, num_chunks))
+    own = iter(_dealt(count, num_chunks))
+    places = range(num_stages * num_chunks)
+    return tuple(next(own if place % num_stages == rank else rest) for place in places)
+
+
+def most_even(num_layers: int, rooms: Sequence[int], num_chunks: int = 1) -> Cut | None:
+    """The cut whose largest stage is smallest, with no more layers on any rank than it has room
+    for; None where there is none."""
+    if sum(rooms) < num_layers or min(rooms) < num_chunks or num_layers < num_chunks * len(rooms):
+        return None
+    level = next(n for n in range(1, num_layers + 1) if _filled(rooms, n) >= num_layers)
+    full = num_layers - _filled(rooms, level - 1)  # so many ranks reach the level, the first ones
+    reach = [rank for rank, room in enumerate(rooms) if room >= level][:full]
+    counts = [min(room, level - 1) + (rank in reach) for rank, room in enumerate(rooms)]
+    return _joined(counts, num_chunks)
+
+
+def _filled(rooms: Sequence[int], level: int) -> int:
+    return sum(min(room, level) for room in rooms)
+
+
 def balanced(num_layers: int, num_stages: int, seconds: StageSeconds, num_chunks: int = 1) -> Cut:
     """The cut whose slowest stage is quickest; a PlanError where no cut fits."""
     _check_enough(num_layers, num_stages, num_chunks)
@@ -58,9 +92,7 @@ def balanced(num_layers: int, num_stages: int, seconds: StageSeconds, num_chunks
             f"no cut of {num_layers} layers into {num_stages} stages fits their memories; use more "
             "stages, or give them more memory"
         )
-    counts = table.most_alike(most)
-    chunks = [_dealt(count, num_chunks) for count in counts]
-    return tuple(chunks[rank][chunk] for chunk in range(num_chunks) for rank in range(num_stages))
+    return _joined(table.most_alike(most), num_chunks)
 
 
 def _check_enough(num_layers: int, num_stages: int, num_chunks: int) -> None:
@@ -75,6 +107,12 @@ def _check_enough(num_layers: int, num_stages: int, num_chunks: int) -> None:
 def _dealt(num_layers: int, num_parts: int) -> Cut:
     each, rest = divmod(num_layers, num_parts)
     return tuple(each + (part < rest) for part in range(num_parts))
+
+
+def _joined(counts: Sequence[int], num_chunks: int) -> Cut:
+    """Each rank's layers dealt to its virtual stages."""
+    chunks = [_dealt(count, num_chunks) for count in counts]
+    return tuple(own[chunk] for chunk in range(num_chunks) for own in chunks)
 
 
 class _Best(NamedTuple):

@@ -10,54 +10,28 @@ played, all ranks together.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any
 
-from flexpipe.errors import PolicyError
+from flexpipe.errors import PlanError, PolicyError
 from flexpipe.plan.arrangement import Arrangement
-from flexpipe.plan.block import Need
 from flexpipe.plan.pipeline import Pipeline
-from flexpipe.plan.plan import Budgets, Plan
+from flexpipe.plan.plan import Plan
 from flexpipe.plan.planner import Planner
-from flexpipe.plan.rule import choose_plan
-from flexpipe.plan.tier import Tier
 from flexpipe.policy.choices import Choice, Choices
-from flexpipe.policy.partition import Cut, by_hand, even
+from flexpipe.policy.partition import Cut, cut_with, simple_cut
 from flexpipe.policy.predict import QUICK, Assignment, Prediction, predict_stages
+from flexpipe.policy.room import SHAPE, pipeline_by_rule
 from flexpipe.policy.search import MOST_REPLAYS, OPTIMISM, OTHER_TOKENS, Limits, best_plan
-from flexpipe.policy.shares import Machine, realize
+from flexpipe.policy.shares import realize
+from flexpipe.policy.site import Knobs, Model, Site, first_like
 from flexpipe.policy.stage_times import StageTimes, balanced_by
 
-_SHAPE = ("micro_batch_size", "num_micro_batches", "max_batch_tokens")  # the same for all stages
-
-Knobs = Mapping[str, Any]
 Shape = tuple[int, ...]
-# plans of a rank that has these budgets, once the pipeline is known
-MakePlanner = Callable[[Pipeline, int, Budgets], Planner]
 
 log = logging.getLogger("flexpipe")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Site:
-    """What one rank may spend, the knobs given for it, and its machine; None where no rate is
-    known."""
-
-    budgets: Budgets
-    device_tier: Tier
-    machine: Machine | None
-    given: Knobs
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """What is to be shared: its decoder layers, and how ranks plan for it."""
-
-    num_layers: int
-    needs: Sequence[Need]
-    make_planner: MakePlanner
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +74,7 @@ def best_pipeline(
     model: Model, sites: Sequence[Site], arrangement: Arrangement
 ) -> tuple[Plan, ...]:
     """The plans that a job takes: the search's. Where rates are not known, or too few of them, or
-    where nothing fits, the rule's for an even cut, whose shortfalls then say what is missing."""
+    where it finds nothing that fits, the rule's, whose shortfalls then say what is missing."""
     if arrangement.num_stages == 1:
         return (_whole_plan(model, sites[0], arrangement),)
     if all(site.machine is not None for site in sites):
@@ -108,6 +82,8 @@ def best_pipeline(
             best = search_pipeline(model, sites, arrangement).best
         except PolicyError as error:
             log.info("no search for a pipeline: %s", error)
+        except PlanError:
+            pass  # the rule's plans tell by how much
         else:
             if best is not None:
                 return best.plans
@@ -119,27 +95,6 @@ def _whole_plan(model: Model, site: Site, arrangement: Arrangement) -> Plan:
     pipeline = Pipeline.whole(model.num_layers, num_blocks=arrangement.num_blocks_in_flight)
     planner = model.make_planner(pipeline, 0, site.budgets)
     return best_plan(site.given, planner, model.needs, site.device_tier, site.machine)
-
-
-def pipeline_by_rule(
-    model: Model, sites: Sequence[Site], arrangement: Arrangement
-) -> tuple[Plan, ...]:
-    """The plans that need no rate: each stage's own, then in the shape of the smallest block."""
-    pipeline = _pipeline(arrangement, simple_cut(arrangement, model.num_layers))
-    num_rows = -(-len(model.needs) // pipeline.num_blocks)
-    planners = [model.make_planner(pipeline, rank, site.budgets) for rank, site in enumerate(sites)]
-
-    def plans(common: Knobs) -> tuple[Plan, ...]:
-        return tuple(
-            choose_plan({**common, **site.given}, planner, site.device_tier, num_rows)
-            for site, planner in zip(sites, planners, strict=True)
-        )
-
-    policies = [plan.policy for plan in plans({})]
-    smallest = min(policies, key=lambda one: one.micro_batch_size * one.num_micro_batches)
-    tokens = min(policy.max_batch_tokens for policy in policies)
-    shape = {name: getattr(smallest, name) for name in _SHAPE}
-    return plans({**shape, "max_batch_tokens": max(tokens, smallest.micro_batch_size)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,11 +160,29 @@ class _Search:
         self._arrangement = arrangement
         self._limits = limits
         self._coarse = coarse
+        self._num_choices = 0
         self._scored: list[ScoredPipeline] = []
         self._refused: list[tuple[ScoredPipeline, str]] = []
-        self._kinds = [_first_like(sites, site) for site in sites]
+        self._kinds = [first_like(sites, site) for site in sites]
 
     def run(self) -> FoundPipeline:
+        try:
+            self._search()
+        except PlanError:
+            self._by_rule()
+            if not self._scored and not self._refused:
+                raise
+        if not self._scored and not self._refused:
+            self._by_rule()
+        scored = sorted(self._scored, key=lambda one: one.run_s)
+        return FoundPipeline(
+            best=scored[0] if scored else None,
+            others=scored[1:],
+            refused=self._refused,
+            num_choices=self._num_choices,
+        )
+
+    def _search(self) -> None:
         arrangement, model = self._arrangement, self._model
         stages = self._stages(simple_cut(arrangement, model.num_layers))
         if arrangement.is_searched:
@@ -220,14 +193,14 @@ class _Search:
         if self._scored and is_free and not self._coarse:
             for tokens in OTHER_TOKENS:
                 self._replay(stages, stages.with_tokens(wholes[0], tokens))
-        scored = sorted(self._scored, key=lambda one: one.run_s)
         different = {id(choices): choices for choices in stages.choices}
-        return FoundPipeline(
-            best=scored[0] if scored else None,
-            others=scored[1:],
-            refused=self._refused,
-            num_choices=sum(choices.num_choices for choices in different.values()),
-        )
+        self._num_choices = sum(choices.num_choices for choices in different.values())
+
+    def _by_rule(self) -> None:
+        """Play what needs no estimate: its blocks may be smaller."""
+        plans = pipeline_by_rule(self._model, self._sites, self._arrangement)
+        if not any(plan.shortfalls() for plan in plans):
+            self._score(plans)
 
     def _balanced(self, stages: _Stages) -> Cut:
         """The cut by what stages of the shape that an even cut likes best would take."""
@@ -238,8 +211,8 @@ class _Search:
         least, most = arrangement.num_chunks, model.num_layers - arrangement.num_chunks * ranks[-1]
 
         def estimate(rank: int, count: int) -> float:
-            cut = _cut_with(arrangement, rank, count, model.num_layers)
-            choices = self._choices(_pipeline(arrangement, cut), rank)
+            cut = cut_with(arrangement, rank, count, model.num_layers)
+            choices = self._choices(arrangement.pipeline(cut), rank)
             alike = (knobs for knobs in choices.knobs() if _shape_of(knobs) == shape)
             return next((one.solution.seconds for one in choices.estimated(alike)), inf)
 
@@ -252,7 +225,7 @@ class _Search:
         return min(_shape_of(knobs) for knobs in stages.choices[0].knobs())
 
     def _stages(self, cut: Cut) -> _Stages:
-        pipeline = _pipeline(self._arrangement, cut)
+        pipeline = self._arrangement.pipeline(cut)
         made: dict[object, Choices] = {}
         ranks = []
         for rank, kind in enumerate(self._kinds):
@@ -290,55 +263,31 @@ class _Search:
 
     def _play(self, stages: _Stages, whole: _Whole) -> bool:
         """Whether this comes to whole tensors that fit on every rank."""
-        assignments = []
+        plans = []
         for site, planner, choice in zip(self._sites, stages.planners, whole.choices, strict=True):
             assert site.machine is not None
             plan = realize(planner, choice.knobs, choice.solution, site.machine.tiers)
             if plan is None:
                 return False
-            machine = site.machine
-            assignments.append(
-                Assignment(plan=plan, profile=machine.profile, emulation=machine.emulation)
-            )
+            plans.append(plan)
+        self._score(tuple(plans))
+        return True
+
+    def _score(self, plans: tuple[Plan, ...]) -> None:
+        """What the stages come to together, kept or refused."""
+        assignments = []
+        for site, plan in zip(self._sites, plans, strict=True):
+            assert site.machine is not None
+            profile, emulation = site.machine.profile, site.machine.emulation
+            assignments.append(Assignment(plan=plan, profile=profile, emulation=emulation))
         prediction = predict_stages(assignments, self._model.needs, effort=QUICK)
-        plans = tuple(one.plan for one in assignments)
         scored = ScoredPipeline(plans=plans, prediction=prediction)
         refusal = self._limits.refusal(prediction)
         if refusal is None:
             self._scored.append(scored)
         else:
             self._refused.append((scored, refusal))
-        return True
-
-
-def simple_cut(arrangement: Arrangement, num_layers: int) -> Cut:
-    """By hand where that is asked, else even."""
-    where = num_layers, arrangement.num_stages, arrangement.num_chunks
-    return even(*where) if arrangement.layers is None else by_hand(arrangement.layers, *where)
-
-
-def _cut_with(arrangement: Arrangement, rank: int, count: int, num_layers: int) -> Cut:
-    """Any cut that gives a rank so many layers."""
-    num_stages, num_chunks = arrangement.num_stages, arrangement.num_chunks
-    own = iter(even(count, 1, num_chunks))
-    rest = iter(even(num_layers - count, num_stages - 1, num_chunks))
-    places = range(num_stages * num_chunks)
-    return tuple(next(own if place % num_stages == rank else rest) for place in places)
-
-
-def _pipeline(arrangement: Arrangement, cut: Cut) -> Pipeline:
-    return Pipeline(
-        layers=cut,
-        num_stages=arrangement.num_stages,
-        num_blocks=arrangement.num_blocks_in_flight,
-        async_comm=arrangement.async_comm,
-    )
 
 
 def _shape_of(knobs: Knobs) -> Shape:
-    return tuple(knobs[name] for name in _SHAPE)
-
-
-def _first_like(sites: Sequence[Site], site: Site) -> int:
-    """The index of the first site that is the same."""
-    return next(index for index, other in enumerate(sites) if other == site)
+    return tuple(knobs[name] for name in SHAPE)

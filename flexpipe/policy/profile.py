@@ -112,6 +112,11 @@ class Profile:
     mount: str = ""
 
     @property
+    def title(self) -> str:
+        """What policies found with it name it by."""
+        return f"{self.name}, {self.source} {self.date}"
+
+    @property
     def is_cpu(self) -> bool:
         """Whether layers run on the CPU itself, so that there is no gpu tier."""
         return self.device == "cpu"

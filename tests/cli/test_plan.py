@@ -171,6 +171,20 @@ def test_what_fits_nowhere_exits_with_4_and_tells_the_stages(
     assert told["ways"]["on gpu"]["least_stages"] == 5  # 60 GB over 13.3 GiB each
 
 
+def test_what_one_machine_cannot_hold_is_refused_with_the_least_number_that_can(
+    flexpipe: Flexpipe, capsys: Capture
+) -> None:
+    asked: tuple[object, ...] = ("--model", "opt-30b", "--hardware", "t4-gcp")
+    asked += ("--num-prompts", 4, "--prompt-len", 8, "--gen-len", 2)
+    asked += ("--percent", 100, 0, 100, 0, 100, 0)
+    assert flexpipe("plan", *asked) == 4
+    line = refusal(capsys)
+    least = int(line.partition("--pipeline-parallel-size ")[2].partition(".")[0])
+    assert flexpipe("plan", *asked, "--pipeline-parallel-size", least, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["least_stages"] == least
+    assert flexpipe("plan", *asked, "--pipeline-parallel-size", least - 1) == 4
+
+
 # bad input
 
 

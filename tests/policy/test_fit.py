@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from hypothesis import given, settings
@@ -10,18 +9,21 @@ from hypothesis import strategies as st
 
 from flexpipe.model.config import ModelConfig
 from flexpipe.plan.block import Need
-from flexpipe.plan.plan import Budgets
+from flexpipe.plan.pipeline import Pipeline
+from flexpipe.plan.plan import PROCESS_SLACK, Budgets
 from flexpipe.plan.planner import Planner
 from flexpipe.plan.policy import Policy
-from flexpipe.plan.rule import choose_plan
 from flexpipe.plan.tier import Tier
 from flexpipe.policy.fit import Fit, find_fit
 from flexpipe.policy.shares import all_on
+from flexpipe.policy.site import Model, Site
 from flexpipe.units import GIB, MIB
+from tests.policy.test_partition import all_cuts
 from tests.schedule.plans import ROOMY, stored_tensors, tiny_config
 
 NEEDS = [Need(40, 8)] * 12
 CONFIG = tiny_config(num_hidden_layers=12)
+WHOLE = Pipeline.whole(CONFIG.num_layers)
 WAYS = {
     Tier.CPU: ["on cpu", "on cpu and disk"],
     Tier.GPU: ["on gpu", "on gpu and cpu", "on gpu and cpu and disk"],
@@ -29,51 +31,94 @@ WAYS = {
 
 
 class Asked:
-    """The question for one machine, and plans of parts of the model there."""
+    """The question for such machines, and plans of a pipeline's stages there."""
 
-    def __init__(self, budgets: Budgets, tier: Tier, given: dict[str, Any] | None = None) -> None:
-        self.budgets, self.tier, self.given = budgets, tier, given or {}
+    def __init__(
+        self,
+        budgets: Budgets,
+        tier: Tier,
+        given: dict[str, Any] | None = None,
+        *,
+        config: ModelConfig = CONFIG,
+    ) -> None:
+        self.config, self.tier = config, tier
+        self.stored = stored_tensors(config)
+        self.model = Model(
+            num_layers=config.num_layers, needs=NEEDS, make_planner=self.make_planner
+        )
+        self.site = Site(budgets=budgets, device_tier=tier, machine=None, given=given or {})
 
-    def planner(self, config: ModelConfig) -> Planner:
-        stored = stored_tensors(CONFIG)
+    def make_planner(self, pipeline: Pipeline, rank: int, budgets: Budgets) -> Planner:
         return Planner(
-            config, NEEDS, stored, self.budgets, device_tier=self.tier, compute_dtype="float32"
+            self.config,
+            NEEDS,
+            self.stored,
+            budgets,
+            device_tier=self.tier,
+            compute_dtype="float32",
+            pipeline=pipeline,
+            rank=rank,
         )
 
     def fit(self) -> Fit:
-        return find_fit(self.given, self.planner, CONFIG, self.tier, len(NEEDS))
+        return find_fit(self.model, self.site)
 
-    def resides(self, num_layers: int) -> bool:
-        """Whether so many layers fit beside the device, with all their rows' KV cache."""
-        part = replace(CONFIG, num_layers=num_layers)
-        home = all_on(self.tier)
-        asked = {**self.given, "weights": home, "kv_cache": home, "hidden": home}
-        plan = choose_plan(asked, self.planner(part), self.tier, len(NEEDS))
-        return not plan.shortfalls()
+    def resides(self, cut: tuple[int, ...], rank: int) -> bool:
+        """Whether a rank holds its layers beside the device, with one row for each block."""
+        pipeline = Pipeline(layers=cut, num_stages=len(cut), num_blocks=len(cut))
+        planner = self.make_planner(pipeline, rank, self.site.budgets)
+        return not planner(smallest_on(self.tier)).shortfalls()
+
+    def brute_force(self) -> int | None:
+        """The least number of stages of which some cut fits, of all cuts."""
+        for num_stages in range(1, self.config.num_layers + 1):
+            for cut in all_cuts(self.config.num_layers, num_stages):
+                if all(self.resides(cut, rank) for rank in range(num_stages)):
+                    return num_stages
+        return None
 
 
 @settings(max_examples=12)
 @given(
     tier=st.sampled_from([Tier.GPU, Tier.CPU]),
-    gpu=st.integers(100_000, 3 * MIB),
-    cpu=st.integers(0, 3 * MIB),
+    vocab_size=st.sampled_from([16, 1500, 4000]),
+    is_tied=st.booleans(),
+    share=st.floats(0.4, 1.1),
 )
-def test_the_least_number_of_stages_fits_and_one_less_does_not(tier, gpu, cpu):
-    base = 0 if tier == Tier.GPU else ROOM
-    asked = Asked(Budgets(gpu=gpu, cpu=ROOM + (base and cpu), disk=GIB), tier)
-    way = WAYS[tier][0]
-    stages = asked.fit().stages[way]
-    if stages is None:
-        assert not asked.resides(1)
-        return
-    assert asked.resides(-(-CONFIG.num_layers // stages))
-    if stages > 1:
-        assert not asked.resides(-(-CONFIG.num_layers // (stages - 1)))
+def test_no_cut_into_fewer_stages_than_the_least_fits(tier, vocab_size, is_tied, share):
+    config = tiny_config(num_hidden_layers=5, vocab_size=vocab_size, tie_word_embeddings=is_tied)
+    roomy = Asked(ROOMY, tier, config=config)
+    whole = roomy.make_planner(Pipeline.whole(5), 0, ROOMY)(smallest_on(tier))
+    fixed = PROCESS_SLACK if tier == Tier.CPU else 0
+    some = fixed + int(share * (whole.tier_bytes(tier) - fixed))
+    gpu, cpu = (some, ROOM) if tier == Tier.GPU else (0, some)
+    asked = Asked(Budgets(gpu=gpu, cpu=cpu, disk=GIB), tier, config=config)
+    assert asked.fit().stages[WAYS[tier][0]] == asked.brute_force()
+
+
+def test_only_the_ends_are_taken_to_hold_embedding_and_head() -> None:
+    """No stage of such a model could hold both."""
+    config = tiny_config(num_hidden_layers=4, vocab_size=16_000)
+    table = max(tensor.num_bytes for tensor in stored_tensors(config).values())
+    roomy, halves = Asked(ROOMY, Tier.GPU, config=config), Pipeline(layers=(2, 2), num_stages=2)
+    ends = [roomy.make_planner(halves, rank, ROOMY)(smallest_on(Tier.GPU)) for rank in (0, 1)]
+    enough = max(plan.tier_bytes(Tier.GPU) for plan in ends) + table // 8
+    asked = Asked(Budgets(gpu=enough, cpu=ROOM + GIB, disk=GIB), Tier.GPU, config=config)
+    assert enough < 2 * table
+    assert asked.fit().stages["on gpu"] == 2
+
+
+def smallest_on(tier: Tier) -> Policy:
+    """One row at a time, all of it on one tier."""
+    home = all_on(tier)
+    return Policy(
+        weights=home, kv_cache=home, hidden=home, micro_batch_size=1, max_batch_tokens=128
+    )
 
 
 def room() -> int:
     """Bytes on the cpu tier that a plan takes there beside weights and KV cache, and then some."""
-    plan = Asked(ROOMY, Tier.GPU).planner(CONFIG)(Policy(weights=all_on(Tier.GPU)))
+    plan = Asked(ROOMY, Tier.GPU).make_planner(WHOLE, 0, ROOMY)(Policy(weights=all_on(Tier.GPU)))
     return plan.tier_bytes(Tier.CPU) + MIB
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexpipe.errors import PlanError, PolicyError
-from flexpipe.policy.partition import Cut, balanced, by_hand, even
+from flexpipe.policy.partition import Cut, balanced, by_hand, even, most_even
 from flexpipe.policy.stage_times import StageTimes, balanced_by
 
 COSTS = st.floats(0.1, 10.0)
@@ -168,3 +168,17 @@ def test_few_stages_of_a_deep_model_are_estimated():
     times = StageTimes(ranks, alike, 1, 15, 119)
     assert ranks.ranks.slowest(balanced_by(times, 126, 8, 1)) == 16.5
     assert len(ranks.asked) < 60
+
+
+@given(rooms=st.lists(st.integers(0, 9), min_size=1, max_size=4), num_layers=st.integers(4, 12))
+def test_no_cut_within_the_rooms_has_a_smaller_largest_stage(rooms, num_layers):
+    cuts = [
+        cut
+        for cut in all_cuts(num_layers, len(rooms))
+        if all(count <= room for count, room in zip(cut, rooms, strict=True))
+    ]
+    cut = most_even(num_layers, rooms)
+    assert (cut is None) == (not cuts)
+    if cut is not None:
+        assert cut in cuts
+        assert max(cut) == min(map(max, cuts))

@@ -19,12 +19,12 @@ from flexpipe.plan.policy import Shares
 from flexpipe.plan.tier import Tier
 from flexpipe.policy.pipeline import (
     FoundPipeline,
-    Model,
-    Site,
     best_pipeline,
     search_pipeline,
 )
+from flexpipe.policy.room import pipeline_by_rule
 from flexpipe.policy.shares import Machine
+from flexpipe.policy.site import Model, Site
 from flexpipe.units import MIB
 from tests.policy.test_predict_stages import LINKED
 from tests.policy.test_search import CONFIG, NO_ROOM
@@ -35,10 +35,10 @@ BLOCK: dict[str, Any] = {"micro_batch_size": 4, "num_micro_batches": 2}
 SHAPE = ("micro_batch_size", "num_micro_batches", "max_batch_tokens", "strategy")
 
 
-def make_planner(pipeline: Pipeline, rank: int, budgets: Budgets) -> Planner:
+def planner_for(needs: Sequence[Need], pipeline: Pipeline, rank: int, budgets: Budgets) -> Planner:
     return Planner(
         CONFIG,
-        NEEDS,
+        needs,
         stored_tensors(CONFIG),
         budgets,
         device_tier=Tier.GPU,
@@ -49,7 +49,7 @@ def make_planner(pipeline: Pipeline, rank: int, budgets: Budgets) -> Planner:
     )
 
 
-MODEL = Model(num_layers=CONFIG.num_layers, needs=NEEDS, make_planner=make_planner)
+MODEL = Model(num_layers=CONFIG.num_layers, needs=NEEDS, make_planner=partial(planner_for, NEEDS))
 
 
 def site(gpu_mib: float, cpu_mib: float = 400, *, faster: float = 1.0, **given: Any) -> Site:
@@ -141,3 +141,27 @@ def test_without_rates_the_rule_plans_every_stage_in_one_shape():
     assert all(plan.shortfalls() == {} for plan in plans)
     first, second = (plan.policy for plan in plans)
     assert [getattr(first, name) for name in SHAPE] == [getattr(second, name) for name in SHAPE]
+
+
+def test_without_rates_the_cut_is_even_unless_only_another_one_fits():
+    little = 14.0  # holds the head and a few layers
+    sites = [replace(site(60), machine=None), replace(site(little, 0), machine=None)]
+    asked: dict[str, Any] = {"weights": Shares(gpu=1.0), "kv_cache": Shares(gpu=1.0)}
+    sites = [replace(one, given=asked) for one in sites]
+    plans = best_pipeline(MODEL, sites, Arrangement(num_stages=2))
+    assert all(plan.shortfalls() == {} for plan in plans)
+    assert counts(plans) != [3, 3]
+    even = best_pipeline(MODEL, sites, Arrangement(num_stages=2, partition="even"))
+    assert counts(even) == [3, 3]
+    assert even[1].shortfalls()
+
+
+def test_where_no_large_block_fits_the_search_finds_what_the_rule_finds():
+    all_there = {"weights": Shares(gpu=1.0), "kv_cache": Shares(gpu=1.0), "hidden": Shares(gpu=1.0)}
+    needs = [Need(480, 4)] * 2
+    model = replace(MODEL, needs=needs, make_planner=partial(planner_for, needs))
+    sites, halves = [site(21.5, **all_there)] * 2, Arrangement(num_stages=2)
+    plans = best(search_pipeline(model, sites, halves))
+    assert plans == pipeline_by_rule(model, sites, halves)
+    assert all(plan.shortfalls() == {} for plan in plans)
+    assert plans[0].policy.max_batch_tokens < 2048
