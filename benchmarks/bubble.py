@@ -22,7 +22,8 @@ from flexpipe.memory.paper import paper_forms
 from flexpipe.plan.block import Need
 from flexpipe.plan.hardware import Emulation
 from flexpipe.plan.pipeline import Pipeline
-from flexpipe.plan.plan import Budgets, Planner
+from flexpipe.plan.plan import Budgets
+from flexpipe.plan.planner import Planner
 from flexpipe.plan.policy import Policy, Shares
 from flexpipe.plan.tier import Tier
 from flexpipe.policy.predict import Assignment, Effort, Prediction, predict_stages

@@ -34,7 +34,7 @@ from benchmarks.quiet import QUIET_CORES, quietly
 from benchmarks.trial import REPO, machine, markdown
 from benchmarks.unlike_policies import CASES, HELD_OUT, HELD_OUT_SEED, SHAPES, Case
 from flexpipe.job.batcher import Entry
-from flexpipe.job.prepare import Model, plan_job
+from flexpipe.job.prepare import Model, plan_job, site_here
 from flexpipe.job.report import Report
 from flexpipe.job.run import run_job
 from flexpipe.job.spec import JobSpec
@@ -90,7 +90,8 @@ def predicted(case: Case, directory: Path, profile: Profile) -> Prediction:
         ]
         with OffloadDirectory(directory / "offload") as offload:
             model = Model.open(spec, offload, needs_text=False)
-            plan, _, _ = plan_job(spec, model, entries, offload)
+            sites = [site_here(spec, model, offload)]
+            (plan,), _, _ = plan_job(spec, model, entries, offload, sites)
         return predict(plan, case.requests, profile, case.emulation)
 
 

@@ -29,8 +29,40 @@ from flexpipe.sweep.run import BenchCommand, Forecast, is_finished, run_sweep
 _FILE = click.Path(path_type=Path)
 _UNUSED = (Path("prompts.jsonl"), Path("results.jsonl"))  # each bench has its own
 
+_HELP = """Compare policies and workloads: every combination of the values given.
 
-@click.command()
+A point that cannot run is a row with its reason. What is finished is kept in --output-file, so
+a sweep that was stopped or killed goes on when the same command is given again.
+
+\b
+NAME is an option below without its dashes or a policy file's field:
+  --vary gpu-batch-size=8,16,32    the values of a list
+  --vary num_micro_batches=1:8     a range, both ends within
+  --vary num_micro_batches=1:8:2   the same in steps of 2: 1, 3, 5, 7
+  --vary gen_len=32:256:*2         in steps that double: 32, 64, 128, 256
+  --vary cpu_mem=2GiB,4GiB,none    sizes; none takes what is free
+  --vary pin_weights=true,false    switches
+  --vary prompt_len=128,256:512:64 also gen_len, num_prompts; ranges in lists
+\b
+Shares of weights, kv_cache and hidden:
+  --vary weights.gpu=0:1:0.25      one tier's; the rest is on the next
+                                   slower tier (of disk: on cpu)
+  --vary kv_cache=gpu:0.5/cpu:0.5,cpu:1
+                                   a list of whole shares
+  --vary percent=100/0/100/0/100/0,50/50/0/100/0/100
+                                   all three as --percent has them
+\b
+A --grid file has the same names and values, and points of their own:
+  micro_batch_size: [16, 32]
+  weights.gpu: 0:1:0.25
+  points:
+    - {micro_batch_size: 8, strategy: none, weights: {cpu: 1}}
+
+Options fix what is not varied, as they do for bench.
+"""
+
+
+@click.command(help=_HELP)
 @model_options
 @click.option(
     "--vary",
@@ -89,44 +121,12 @@ def sweep(
     plot_path: Path | None,
     **options: Any,
 ) -> None:
-    """Compare policies and workloads: every combination of the values given.
-
-    A point that cannot run is a row with its reason. What is finished is kept in --output-file, so
-    a sweep that was stopped or killed goes on when the same command is given again.
-
-    \b
-    NAME is an option below without its dashes or a policy file's field:
-      --vary gpu-batch-size=8,16,32    the values of a list
-      --vary num_micro_batches=1:8     a range, both ends within
-      --vary num_micro_batches=1:8:2   the same in steps of 2: 1, 3, 5, 7
-      --vary gen_len=32:256:*2         in steps that double: 32, 64, 128, 256
-      --vary cpu_mem=2GiB,4GiB,none    sizes; none takes what is free
-      --vary pin_weights=true,false    switches
-      --vary prompt_len=128,256:512:64 also gen_len, num_prompts; ranges in lists
-    \b
-    Shares of weights, kv_cache and hidden:
-      --vary weights.gpu=0:1:0.25      one tier's; the rest is on the next
-                                       slower tier (of disk: on cpu)
-      --vary kv_cache=gpu:0.5/cpu:0.5,cpu:1
-                                       a list of whole shares
-      --vary percent=100/0/100/0/100/0,50/50/0/100/0/100
-                                       all three as --percent has them
-    \b
-    A --grid file has the same names and values, and points of their own:
-      micro_batch_size: [16, 32]
-      weights.gpu: 0:1:0.25
-      points:
-        - {micro_batch_size: 8, strategy: none, weights: {cpu: 1}}
-
-    Options fix what is not varied, as they do for bench.
-    """
+    """Make the points, do what is left of them, and print the rows."""
     measures = measures or not predicts
     if plot_path is not None:
         check_plot(plot_path)
     spec = JobSpec(input_path=_UNUSED[0], output_path=_UNUSED[1], **_job_options(options))
-    load = {name: options[name] for name in ("prompt_len", "gen_len", "warmup", "repetitions")}
-    load |= {} if num_prompts is None else {"num_prompts": num_prompts}
-    points = make_points(_grid(vary, grid).points(), spec, load)
+    points = make_points(_grid(vary, grid).points(), spec, _load(num_prompts, options))
     if dry_run:
         _list(points, output_path, measures, retry)
         return
@@ -142,6 +142,12 @@ def sweep(
     if plot_path is not None:
         draw_pareto(plot_path, rows, spec.model)
     print(render(rows, format))
+
+
+def _load(num_prompts: int | None, options: dict[str, Any]) -> dict[str, Any]:
+    """What each point runs, where it does not say otherwise."""
+    load = {name: options[name] for name in ("prompt_len", "gen_len", "warmup", "repetitions")}
+    return load if num_prompts is None else {**load, "num_prompts": num_prompts}
 
 
 def _job_options(options: dict[str, Any]) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def compute(
         run_s = time.perf_counter() - began
         read_after = physical_bytes_read()
         disk_bytes = sum(file.allocated_bytes for file in files.values())
-        disk_bytes += stage.weights.form_bytes
+        disk_bytes += stage.stores.weights.form_bytes
     known = read_before is not None and read_after is not None
     measured = Measured(
         load_s=load_s,

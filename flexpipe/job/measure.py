@@ -242,8 +242,8 @@ def _summed_tiers(stages: Sequence[StageUse]) -> list[TierUse]:
 def _tiers(ran: Ran) -> list[TierUse]:
     plan, stage, disk_bytes = ran.plan, ran.stage, ran.measured.disk_bytes
     measured = {
-        Tier.GPU: stage.memory.peak_device_bytes(),
-        Tier.CPU: peak_rss_bytes() - stage.memory.emulated_bytes(plan.device_tier),
+        Tier.GPU: stage.stores.memory.peak_device_bytes(),
+        Tier.CPU: peak_rss_bytes() - stage.stores.memory.emulated_bytes(plan.device_tier),
         Tier.DISK: disk_bytes,
     }
     return [
@@ -294,7 +294,8 @@ def _notes(device: Device, stage: Stage, measured: Measured) -> list[str]:
     if copies.num_copies:
         notes.append(
             f"{copies.num_copies} copies ({format_bytes(copies.num_bytes)}) were synchronous: "
-            f"{format_bytes(stage.memory.unpinned_bytes)} of host memory could not be page-locked"
+            f"{format_bytes(stage.stores.memory.unpinned_bytes)} of host memory could not be "
+            "page-locked"
         )
     read = _read_from_cache(device, measured)
     if read is not None:

@@ -27,7 +27,8 @@ from flexpipe.plan.block import Need, Queue
 from flexpipe.plan.hardware import Emulation
 from flexpipe.plan.pipeline import Pipeline
 from flexpipe.plan.placement import Stored
-from flexpipe.plan.plan import Budgets, Plan, Planner, check_fits
+from flexpipe.plan.plan import Budgets, Plan, check_fits
+from flexpipe.plan.planner import Planner
 from flexpipe.plan.policy import Policy
 from flexpipe.plan.policy_file import MadeFor
 from flexpipe.plan.rule import advice

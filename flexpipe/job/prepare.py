@@ -29,7 +29,8 @@ from flexpipe.plan.block import Need
 from flexpipe.plan.hardware import Emulation, rss_bytes
 from flexpipe.plan.pipeline import Pipeline
 from flexpipe.plan.placement import model_tensors
-from flexpipe.plan.plan import Budgets, Plan, Planner, check_fits
+from flexpipe.plan.plan import Budgets, Plan, check_fits
+from flexpipe.plan.planner import Planner
 from flexpipe.plan.policy import Policy
 from flexpipe.plan.rule import advice
 from flexpipe.plan.tier import Tier

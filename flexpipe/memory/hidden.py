@@ -15,7 +15,8 @@ from torch import Tensor
 from flexpipe.memory.disk import DiskFile
 from flexpipe.memory.tier import POISON, TierMemory, spoil, torch_dtype, typed
 from flexpipe.plan.layout import ALIGN, round_up
-from flexpipe.plan.plan import NUM_HIDDEN_SLOTS, NUM_STAGES, Plan
+from flexpipe.plan.plan import Plan
+from flexpipe.plan.pools import NUM_HIDDEN_SLOTS, NUM_STAGES
 from flexpipe.plan.tier import Tier
 from flexpipe.schedule.step import MicroBatch
 

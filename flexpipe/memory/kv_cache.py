@@ -26,7 +26,8 @@ from torch import Tensor
 from flexpipe.memory.disk import DiskFile
 from flexpipe.memory.tier import POISON, TierMemory, spoil, torch_dtype
 from flexpipe.plan.block import KV_PAGE, page_extents
-from flexpipe.plan.plan import NUM_KV_SLOTS, NUM_STAGES, Plan, PoolPlan
+from flexpipe.plan.plan import Plan
+from flexpipe.plan.pools import NUM_KV_SLOTS, NUM_STAGES, PoolPlan
 from flexpipe.plan.tier import Tier
 from flexpipe.schedule.step import MicroBatch, Row
 

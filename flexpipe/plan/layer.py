@@ -82,6 +82,12 @@ class LayerPlan:
         return f"decoder {self.layer}{half}"
 
     @property
+    def decoder(self) -> int:
+        """The decoder layer, of layers that are part of one."""
+        assert self.layer is not None
+        return self.layer
+
+    @property
     def has_kv_cache(self) -> bool:
         return self.kind in (LayerKind.DECODER, LayerKind.ATTENTION)
 

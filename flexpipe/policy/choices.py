@@ -16,7 +16,7 @@ from typing import Any
 from flexpipe.errors import PolicyError
 from flexpipe.model.config import DTYPE_BYTES
 from flexpipe.plan.block import Need
-from flexpipe.plan.plan import Planner
+from flexpipe.plan.planner import Planner
 from flexpipe.plan.policy import Shares
 from flexpipe.plan.tier import Tier
 from flexpipe.policy.estimate import Demand

@@ -18,7 +18,8 @@ from flexpipe.plan.block import KV_PAGE, Need
 from flexpipe.plan.layer import LayerKind, LayerPlan, Piece
 from flexpipe.plan.plan import Plan
 from flexpipe.plan.tier import Tier
-from flexpipe.policy.cost import Attention, CostModel, Shape
+from flexpipe.policy.cost import CostModel
+from flexpipe.policy.shape import Attention, Shape
 from flexpipe.schedule.op import Kind, Op, Segment
 from flexpipe.schedule.simulate import Cost, Pairs
 from flexpipe.schedule.step import MicroBatch

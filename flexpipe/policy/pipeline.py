@@ -18,7 +18,8 @@ from typing import Any
 from flexpipe.errors import PlanError, PolicyError
 from flexpipe.plan.arrangement import Arrangement
 from flexpipe.plan.pipeline import Pipeline
-from flexpipe.plan.plan import Plan, Planner
+from flexpipe.plan.plan import Plan
+from flexpipe.plan.planner import Planner
 from flexpipe.policy.choices import Choice, Choices
 from flexpipe.policy.partition import Cut, cut_with, simple_cut
 from flexpipe.policy.predict import QUICK, Assignment, Prediction, predict_stages

@@ -126,6 +126,13 @@ class Profile:
         """Of the CPU beside the device, or of the device where it is the CPU."""
         return self.host or self.compute
 
+    def lacking(self, what: str, key: str) -> PolicyError:
+        """The error of whoever needs a figure that is not there."""
+        return PolicyError(
+            f"the profile {self.name} has no {what} for {key}, which this policy needs; "
+            "measure it with flexpipe profile, or add it to the hardware file"
+        )
+
     def overhead(self, what: str) -> float:
         return self.overhead_s.get(what, 0.0)
 

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 
 from flexpipe.errors import PolicyError
 from flexpipe.plan.arrangement import Arrangement
-from flexpipe.plan.plan import Plan, Planner
+from flexpipe.plan.plan import Plan
+from flexpipe.plan.planner import Planner
 from flexpipe.plan.rule import BATCH_TOKENS, BLOCKS, ROWS, choose_plan
 from flexpipe.plan.tier import Tier
 from flexpipe.policy.partition import Cut, cut_with, most_even, simple_cut

@@ -23,7 +23,8 @@ from typing import Any
 
 from flexpipe.errors import PolicyError
 from flexpipe.plan.block import Need
-from flexpipe.plan.plan import Budgets, Plan, Planner
+from flexpipe.plan.plan import Budgets, Plan
+from flexpipe.plan.planner import Planner
 from flexpipe.plan.policy import Policy
 from flexpipe.plan.rule import choose_plan
 from flexpipe.plan.tier import Tier

@@ -8,7 +8,8 @@ from typing import Any
 
 from flexpipe.plan.block import Need
 from flexpipe.plan.pipeline import Pipeline
-from flexpipe.plan.plan import Budgets, Planner
+from flexpipe.plan.plan import Budgets
+from flexpipe.plan.planner import Planner
 from flexpipe.plan.tier import Tier
 from flexpipe.policy.shares import Machine
 

@@ -89,7 +89,7 @@ class DiskTasks:
             yield self._one("disk_read", self._file.read, num_bytes)
 
     def _one(self, name: str, move: Any, num_bytes: int) -> Task:
-        work = self._anywhere(move, self._buffer[:num_bytes])
+        work = self._anywhere(move, self._buffer, num_bytes)
         return Task(key=("links", name, num_bytes), amount=num_bytes, work=work)
 
     def read_page(self) -> Task:
@@ -97,7 +97,7 @@ class DiskTasks:
         return Task(
             key=("read",),
             amount=1,
-            work=self._anywhere(self._file.read, self._buffer[:4096]),
+            work=self._anywhere(self._file.read, self._buffer, 4096),
         )
 
     def details(self) -> Iterator[Task]:
@@ -113,7 +113,7 @@ class DiskTasks:
         for num_bytes in DETAIL_BYTES:
             buffers = [self._buffer[i * num_bytes :][:num_bytes] for i in range(count)]
             for name, move in (("read", file.read), ("write", file.write)):
-                works = [self._anywhere(move, buffer, seed) for seed, buffer in enumerate(buffers)]
+                works = [self._anywhere(move, part, num_bytes, i) for i, part in enumerate(buffers)]
 
                 def work(turn: int, works: Any = works) -> None:
                     list(threads.map(lambda one: one(turn), works))
@@ -124,12 +124,16 @@ class DiskTasks:
                     work=work,
                 )
 
-    def _anywhere(self, move: Any, buffer: npt.NDArray[np.uint8], seed: int = 0) -> partial[None]:
-        """`move` at places of the file in an order that no device foresees."""
-        places = list(range(0, self.num_bytes - len(buffer) + 1, len(buffer)))
+    def _anywhere(
+        self, move: Any, buffer: npt.NDArray[np.uint8], num_bytes: int, seed: int = 0
+    ) -> partial[None]:
+        """`move` at places of the file in an order that no device foresees, from or to one part of
+        the buffer after another, as no cache holds the slots of a run."""
+        places = list(range(0, self.num_bytes - num_bytes + 1, num_bytes))
         random.Random(seed).shuffle(places)
-        return partial(_move, move, buffer, places)
+        parts = buffer[: len(buffer) // num_bytes * num_bytes].reshape(-1, num_bytes)
+        return partial(_move, move, parts, places)
 
 
-def _move(move: Any, buffer: npt.NDArray[np.uint8], places: Sequence[int], turn: int) -> None:
-    move(buffer, places[turn % len(places)])
+def _move(move: Any, parts: npt.NDArray[np.uint8], places: Sequence[int], turn: int) -> None:
+    move(parts[turn % len(parts)], places[turn % len(places)])

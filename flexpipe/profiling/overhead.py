@@ -19,7 +19,8 @@ from flexpipe.model.families import read_config
 from flexpipe.plan.block import Need
 from flexpipe.plan.hardware import Emulation
 from flexpipe.plan.layer import LayerKind
-from flexpipe.plan.plan import Budgets, Plan, Planner
+from flexpipe.plan.plan import Budgets, Plan
+from flexpipe.plan.planner import Planner
 from flexpipe.plan.policy import Policy, Shares
 from flexpipe.plan.tier import Tier
 from flexpipe.runtime.device import open_device

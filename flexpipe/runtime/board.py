@@ -47,21 +47,27 @@ class Deadline:
 
 def serve(port: int, *, attempt: int = 0, listener: int | None = None) -> Store:
     """The store itself, alive as long as what is returned; `listener` is a socket at that port."""
+    store = TCPStore(
+        "0.0.0.0",
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=_NEVER,
+        master_listen_fd=_listen(port) if listener is None else listener,
+    )
+    return _of_attempt(store, attempt)
+
+
+def _listen(port: int) -> int:
+    """A socket for IPv4 alone. On one for both the store would see clients under addresses whose
+    names it looks up in vain, and all others wait while the name server does not answer."""
     try:
-        store = TCPStore(
-            "0.0.0.0",
-            port,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=_NEVER,
-            master_listen_fd=listener,
-        )
-    except RuntimeError as error:
+        return socket.create_server(("", port)).detach()
+    except OSError as error:
         raise RunError(
-            f"cannot listen on port {port}: another program does. Name a free one in the variable "
+            f"cannot listen on port {port} ({error.strerror}). Name a free one in the variable "
             "MASTER_PORT, for all ranks."
         ) from error
-    return _of_attempt(store, attempt)
 
 
 def connect(ranks: Ranks, deadline: Deadline) -> Store:

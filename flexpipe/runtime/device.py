@@ -67,6 +67,13 @@ class Device:
             self.synchronous.add(source.nbytes)
         target.copy_(source, non_blocking=pinned)
 
+    def upload(self, index: Tensor) -> Tensor:
+        """A small tensor of the host where the device can use it."""
+        if not self.has_streams:
+            return index
+        # torch's caching allocator keeps the pinned copy until the stream has read it
+        return index.pin_memory().to(self.torch_device, non_blocking=True)
+
 
 def open_device(name: str, emulation: Emulation | None) -> Device:
     """The device a user named: auto, cpu, emulated, or a torch accelerator such as cuda:1."""

@@ -5,6 +5,8 @@ fail writes its reason there, once, and the store wakes the rest. They stop what
 Ctrl-C, which every wait of a run heeds; a rank that has not ended after `GRACE_S` runs its
 clean-ups and is gone. No timeout of Gloo or NCCL takes part. What waits in the store does so in a
 thread of its own, and another looks that it comes back, so a store that is frozen is noticed too.
+The watch opens its clients of the store before it counts anything: torch looks up a host's name
+for each, and a name server may take its time.
 """
 
 from __future__ import annotations
@@ -87,8 +89,9 @@ class Watch:
         self._limit_s = limit_s
         self._interval_s = min(_SLOWEST_BEAT_S, limit_s / _BEATS_PER_LIMIT)
         self._max_looks = max(_BEATS_PER_LIMIT, round(limit_s / self._interval_s))
-        self._connect = connect
         self._store = connect()  # of the main thread
+        self._beating = connect()  # of the thread that beats
+        self._telling = connect()  # of whoever tells a failure
         self._on_failure: list[Callable[[], None]] = []
         self._reach: Reach | None = None
         self._threads = [
@@ -153,7 +156,7 @@ class Watch:
         with self._lock:
             self._is_ending = True
         with contextlib.suppress(RuntimeError, RunError):
-            self._settle(self._own(error).record(self._connect()))
+            self._settle(self._own(error).record(self._telling))
 
     def ended_by(self, error: BaseException) -> BaseException:
         """What to raise when this rank ends with `error`: the first failure of all ranks."""
@@ -226,8 +229,8 @@ class Watch:
         """Live and look, until a failure is known; waits in the store."""
         pulse = Pulse(self.ranks.size, self._max_looks)
         count = 0
+        store = self._beating
         try:
-            store = self._connect()
             while not self._over.is_set():
                 count += 1
                 store.set(f"beat/{self.ranks.rank}", str(count))
@@ -289,7 +292,7 @@ class Watch:
     def _guard(self) -> None:
         """Notice a store that does not answer, and end what does not end by itself."""
         while not self._over.wait(self._interval_s):
-            self._unanswered += 1
+            self._unanswered += self._reach is not None
             if self._unanswered > self._max_looks:
                 self._learn(self._no_store(_FROZEN.format(self._limit_s)))
         if not self._closed.wait(GRACE_S):

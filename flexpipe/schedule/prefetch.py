@@ -11,7 +11,8 @@ from collections import deque
 from collections.abc import Iterator
 
 from flexpipe.plan.layer import LayerPlan
-from flexpipe.plan.plan import NUM_STAGES, Plan
+from flexpipe.plan.plan import Plan
+from flexpipe.plan.pools import NUM_STAGES
 from flexpipe.schedule.edges import Edges
 from flexpipe.schedule.op import Kind, Op, Pool, Resource
 from flexpipe.schedule.slots import Ring

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flexpipe.plan.plan import (
+from flexpipe.plan.pools import (
     NUM_ATTENTION_SLOTS,
     NUM_EMBED_SLOTS,
     NUM_HIDDEN_SLOTS,

@@ -79,7 +79,7 @@ def test_a_corrupted_rows_cache_shows_in_its_answer_alone(tmp_path: Path) -> Non
     def corrupt(op: Op) -> None:
         """Two rows trade their caches before the second token: each continues the other."""
         if op.kind == Kind.COMPUTE and op.step == 1 and op.layer == 0 and op.batch is not None:
-            stages[0].kv_cache.swap_rows(0, 3, 8)
+            stages[0].stores.kv_cache.swap_rows(0, 3, 8)
             victims.extend(row.request - 1 for row in op.batch.rows if row.place in (3, 8))
 
     spoiled = answers(

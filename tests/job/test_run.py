@@ -243,7 +243,7 @@ def test_swapped_kv_rows_show_in_the_answers(
 
     def swap(op: Op) -> None:
         if op.kind == Kind.COMPUTE and op.step == 3 and op.layer == 0:
-            stages[0].kv_cache.swap_rows(0, 0, 1)
+            stages[0].stores.kv_cache.swap_rows(0, 0, 1)
 
     _, records = run(
         hf_checkpoint("llama3"),

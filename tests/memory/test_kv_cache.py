@@ -16,8 +16,9 @@ from flexpipe.memory.disk import DiskFile
 from flexpipe.memory.kv_cache import KvCache, Where
 from flexpipe.memory.tier import TierMemory
 from flexpipe.plan.block import KV_PAGE, Need
-from flexpipe.plan.plan import NUM_KV_SLOTS, NUM_STAGES, Plan
+from flexpipe.plan.plan import Plan
 from flexpipe.plan.policy import Shares
+from flexpipe.plan.pools import NUM_KV_SLOTS, NUM_STAGES
 from flexpipe.plan.tier import Tier
 from flexpipe.schedule.step import MicroBatch, Row
 from tests.schedule.plans import tiny_config, tiny_plan

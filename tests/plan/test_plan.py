@@ -16,7 +16,8 @@ from flexpipe.model.config import DTYPE_BYTES
 from flexpipe.model.families import read_config
 from flexpipe.plan.block import Need
 from flexpipe.plan.layer import LayerKind
-from flexpipe.plan.plan import PROCESS_SLACK, Budgets, Plan, Planner, check_fits
+from flexpipe.plan.plan import PROCESS_SLACK, Budgets, Plan, check_fits
+from flexpipe.plan.planner import Planner
 from flexpipe.plan.policy import OPTION_NAMES, Policy, Shares, percent_shares
 from flexpipe.plan.rule import advice, choose_plan
 from flexpipe.plan.tier import Tier

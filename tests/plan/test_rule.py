@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from flexpipe.errors import PolicyError
 from flexpipe.model.families import read_config
 from flexpipe.plan.block import Need
-from flexpipe.plan.plan import Budgets, Plan, Planner
+from flexpipe.plan.plan import Budgets, Plan
+from flexpipe.plan.planner import Planner
 from flexpipe.plan.policy import RESIDENT_DTYPES, STRATEGIES, Policy, Shares
 from flexpipe.plan.rule import choose_plan
 from flexpipe.plan.tier import Tier

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from flexpipe.model.config import ModelConfig
 from flexpipe.plan.block import Need
 from flexpipe.plan.pipeline import Pipeline
-from flexpipe.plan.plan import PROCESS_SLACK, Budgets, Planner
+from flexpipe.plan.plan import PROCESS_SLACK, Budgets
+from flexpipe.plan.planner import Planner
 from flexpipe.plan.policy import Policy
 from flexpipe.plan.tier import Tier
 from flexpipe.policy.fit import Fit, find_fit

@@ -10,7 +10,8 @@ import pytest
 
 from flexpipe.model.families import read_config
 from flexpipe.plan.block import Need
-from flexpipe.plan.plan import Budgets, Plan, Planner
+from flexpipe.plan.plan import Budgets, Plan
+from flexpipe.plan.planner import Planner
 from flexpipe.plan.policy import Policy, Shares
 from flexpipe.plan.policy_file import PolicyFile
 from flexpipe.plan.tier import Tier

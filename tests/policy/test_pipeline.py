@@ -13,7 +13,8 @@ from flexpipe.errors import PlanError, PolicyError
 from flexpipe.plan.arrangement import Arrangement
 from flexpipe.plan.block import Need
 from flexpipe.plan.pipeline import Pipeline
-from flexpipe.plan.plan import Budgets, Plan, Planner
+from flexpipe.plan.plan import Budgets, Plan
+from flexpipe.plan.planner import Planner
 from flexpipe.plan.policy import Shares
 from flexpipe.plan.tier import Tier
 from flexpipe.policy.pipeline import (

@@ -17,7 +17,8 @@ from flexpipe.job.outlook import Outlook, Shape
 from flexpipe.model.config import ModelConfig
 from flexpipe.plan.block import Need
 from flexpipe.plan.hardware import Emulation
-from flexpipe.plan.plan import Budgets, Plan, Planner
+from flexpipe.plan.plan import Budgets, Plan
+from flexpipe.plan.planner import Planner
 from flexpipe.plan.policy import RESIDENT_DTYPES, STRATEGIES, Policy, Shares
 from flexpipe.plan.policy_file import PolicyFile
 from flexpipe.plan.rule import choose_plan

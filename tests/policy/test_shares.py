@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from flexpipe.errors import PolicyError
 from flexpipe.plan.block import KV_PAGE, Need
-from flexpipe.plan.plan import Budgets, Plan, Planner
+from flexpipe.plan.plan import Budgets, Plan
+from flexpipe.plan.planner import Planner
 from flexpipe.plan.policy import Policy
 from flexpipe.plan.tier import Tier
 from flexpipe.policy.estimate import Demand

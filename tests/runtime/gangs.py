@@ -48,7 +48,7 @@ class Gang:
         context.set_forkserver_preload(list(PRELOADED))
         self._folder = folder
         size = stages * num_shards
-        port = _free_port()
+        port = free_port()
         self.processes: list[ForkServerProcess] = []
         for rank in range(size):
             ranks = Ranks(
@@ -110,6 +110,6 @@ def _rank(folder: Path, ranks: Ranks, target: Target, arguments: Sequence[Any]) 
         atexit._run_exitfuncs()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])

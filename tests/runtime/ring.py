@@ -30,7 +30,8 @@ from flexpipe.model.config import Shard, shard_config
 from flexpipe.model.families import read_config
 from flexpipe.plan.pipeline import Pipeline
 from flexpipe.plan.placement import model_tensors
-from flexpipe.plan.plan import Budgets, Plan, Planner
+from flexpipe.plan.plan import Budgets, Plan
+from flexpipe.plan.planner import Planner
 from flexpipe.plan.policy import Policy
 from flexpipe.plan.tier import Tier
 from flexpipe.runtime.device import Device, open_device

@@ -8,7 +8,7 @@ it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,8 +25,8 @@ from tests.runtime.adversary import Adversary, Jitter, OpLog
 from tests.runtime.jobs import Outcome, Runner, Tokens
 from tests.schedule.plans import EDGE_KINDS
 
-SEEDS = range(1)
-MORE_SEEDS = range(1, 12)
+TRIES = range(5)
+MANY_TRIES = range(12)
 
 
 @dataclass(frozen=True)
@@ -249,29 +249,30 @@ def test_the_checker_objects_to_a_run_without_one_kind_of_edge(clean, name, why)
 
 
 @pytest.mark.parametrize(("name", "why"), MUTANTS)
-def test_without_one_kind_of_edge_the_output_is_wrong_every_time(
-    clean, run, run_shallow, name, why
-):
+def test_without_one_kind_of_edge_the_output_is_wrong(clean, run, run_shallow, name, why):
+    """Within few tries: an op that runs far too early may be harmless again, as where a slot is
+    loaded before the output that it should hold anyway is computed into it."""
     runner = run_shallow if SCENARIOS[name].shallow else run
-    _check_mutant(runner, name, why, *clean[name], SEEDS)
+    seeds = _shown(runner, name, why, *clean[name], TRIES)
+    assert next(seeds, None) is not None, "nobody noticed"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "why"), MUTANTS)
-def test_without_one_kind_of_edge_the_output_is_wrong_for_more_seeds(
-    clean, run, run_shallow, name, why
-):
+def test_without_one_kind_of_edge_the_output_is_mostly_wrong(clean, run, run_shallow, name, why):
     runner = run_shallow if SCENARIOS[name].shallow else run
-    _check_mutant(runner, name, why, *clean[name], MORE_SEEDS)
+    seeds = list(_shown(runner, name, why, *clean[name], MANY_TRIES))
+    assert len(seeds) > len(MANY_TRIES) // 2
 
 
-def _check_mutant(
+def _shown(
     runner: Runner, name: str, why: str, tokens: Tokens, log: OpLog, seeds: range
-) -> None:
+) -> Iterator[int]:
+    """The seeds whose mutant shows."""
     for seed in seeds:
         mutant = Adversary(why, log.pairs(why), seed)
-        shown = _shows(runner, SCENARIOS[name], mutant.probes, tokens)
-        assert shown, f"seed {seed}: nobody noticed, {mutant.num_inverted} pairs turned around"
+        if _shows(runner, SCENARIOS[name], mutant.probes, tokens):
+            yield seed
 
 
 def _shows(runner: Runner, scenario: Scenario, probes: Probes, tokens: Tokens) -> bool:
@@ -381,7 +382,7 @@ class Swap:
         self.done = True
         stage = self.stages[0]
         one, other = stage.plan.micro_batches[0].places(self.tier)[:2]
-        stage.kv_cache.swap_rows(0, one, other)
+        stage.stores.kv_cache.swap_rows(0, one, other)
 
 
 @pytest.mark.parametrize(("kv", "tier"), [((100, 0), Tier.GPU), ((0, 100), Tier.CPU)])

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from flexpipe.errors import PolicyError, RunError
 from flexpipe.job.params import SamplingParams
 from flexpipe.plan.pipeline import Pipeline
-from flexpipe.plan.policy import STRATEGIES, percent_shares
+from flexpipe.plan.policy import percent_shares
 from flexpipe.runtime.stage import OpHook
 from flexpipe.schedule.op import Kind, Op
 from tests.hf import Reference
 from tests.runtime.conftest import LENGTHS, LIMITS
+from tests.runtime.policies import placements, policies
 from tests.runtime.ring import Ring, Tokens
 
 VARIANTS = ("llama2-deep", "qwen2-windows-deep")  # the second one is tied
@@ -32,7 +33,6 @@ PERCENT = (
     [20, 40, 50, 50, 50, 50],
     [0, 50, 50, 0, 0, 50],
 )
-ON_CPU = ([0, 100, 0, 100, 0, 100], [0, 50, 0, 50, 0, 50], [0, 0, 0, 0, 0, 0])
 
 
 def cut(num_stages: int, num_chunks: int = 1, **how: Any) -> Pipeline:
@@ -75,31 +75,15 @@ def pipelines(draw: st.DrawFn) -> Pipeline:
     return cut(num_stages, num_chunks, num_blocks=num_blocks, async_comm=draw(st.booleans()))
 
 
-@st.composite
-def policies(draw: st.DrawFn, device: str) -> dict[str, Any]:
-    percent = draw(st.sampled_from(ON_CPU if device == "cpu" else PERCENT))
-    return {
-        **percent_shares(percent),
-        "micro_batch_size": draw(st.sampled_from([1, 2])),
-        "num_micro_batches": draw(st.sampled_from([1, 3])),
-        "strategy": draw(st.sampled_from(STRATEGIES)),
-        "separate_layers": draw(st.booleans()),
-        "prefetch_depth": draw(st.sampled_from([1, 2, 5])),
-        "max_batch_tokens": draw(st.sampled_from([8, 64])),
-        "cpu_attention": draw(st.booleans()),
-    }
-
-
 def check(ring: Ring, expected: Tokens, data: st.DataObject) -> None:
     pipeline = data.draw(pipelines())
     device = data.draw(st.sampled_from(["cpu", "emulated", "emulated"]))
     if data.draw(st.booleans()):
-        given: Any = data.draw(policies(device))
+        given: Any = data.draw(policies(device, PERCENT))
     else:  # every stage places its tensors as it likes
-        given = [data.draw(policies(device))] * pipeline.num_stages
+        given = [data.draw(policies(device, PERCENT))] * pipeline.num_stages
         for rank in range(1, pipeline.num_stages):
-            percent = data.draw(st.sampled_from(ON_CPU if device == "cpu" else PERCENT))
-            given[rank] = {**given[0], **percent_shares(percent)}
+            given[rank] = {**given[0], **data.draw(placements(device, PERCENT))}
     try:
         tokens = ring(given, pipeline, device=device)
     except PolicyError as error:

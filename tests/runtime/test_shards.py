@@ -5,7 +5,6 @@ The shards run in this process, a thread each; every policy is a plan's like any
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 
 from flexpipe.errors import PolicyError
 from flexpipe.plan.pipeline import Pipeline
-from flexpipe.plan.policy import STRATEGIES, percent_shares
+from flexpipe.plan.policy import percent_shares
 from tests.hf import (
     OTHERS,
     VARIANTS,
@@ -24,6 +23,7 @@ from tests.hf import (
     reference_generate,
     widened_checkpoint,
 )
+from tests.runtime.policies import policies
 from tests.runtime.ring import Ring, Tokens
 
 LENGTHS = (40, 9, 30, 20, 3)
@@ -41,7 +41,6 @@ PERCENT = [
     [0, 0, 0, 0, 0, 0],
     [20, 40, 40, 40, 50, 0],
 ]
-ON_CPU = [[0, 100, 0, 100, 0, 100], [0, 50, 0, 50, 0, 50], [0, 0, 0, 0, 0, 0]]
 
 
 @pytest.fixture(scope="session")
@@ -65,20 +64,6 @@ def expected_of(answers: Reference) -> Tokens:
     return tuple(t[: t.index(2) + 1][:limit] if 2 in t else t[:limit] for t, limit in pairs)
 
 
-@st.composite
-def policies(draw: st.DrawFn, device: str) -> Mapping[str, Any]:
-    return {
-        **percent_shares(draw(st.sampled_from(ON_CPU if device == "cpu" else PERCENT))),
-        "micro_batch_size": draw(st.sampled_from([1, 2])),
-        "num_micro_batches": draw(st.sampled_from([1, 2, 3])),
-        "strategy": draw(st.sampled_from(STRATEGIES)),
-        "separate_layers": draw(st.booleans()),
-        "prefetch_depth": draw(st.sampled_from([1, 2, 5])),
-        "max_batch_tokens": draw(st.sampled_from([8, 64])),
-        "cpu_attention": draw(st.booleans()),
-    }
-
-
 def check(ring: Ring, expected: Tokens, data: st.DataObject) -> None:
     most = 4 if ring.config.num_kv_heads == 4 else 2
     num_shards = data.draw(st.sampled_from([size for size in (1, 2, 4) if size <= most]))
@@ -88,7 +73,8 @@ def check(ring: Ring, expected: Tokens, data: st.DataObject) -> None:
     pipeline = Pipeline(layers=cut, num_stages=num_stages, num_blocks=num_blocks)
     device = data.draw(st.sampled_from(["cpu", "emulated", "emulated"]))
     try:
-        tokens = ring(data.draw(policies(device)), pipeline, num_shards=num_shards, device=device)
+        given = data.draw(policies(device, PERCENT))
+        tokens = ring(given, pipeline, num_shards=num_shards, device=device)
     except PolicyError as error:
         assert "asks for a share" in str(error)
         assume(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from flexpipe.errors import RunError
 from flexpipe.runtime import supervise
+from flexpipe.runtime.board import serve
 from flexpipe.runtime.failure import PeerLost
 from flexpipe.runtime.gang import Gang, joined
 from flexpipe.runtime.network import Network
@@ -20,7 +22,8 @@ from tests.runtime import gangs
 from tests.runtime.gangs import Ended, run_gang
 from tests.waiting import eventually
 
-NETWORK = Network(join_limit_s=60.0, heartbeat_limit_s=2.0)
+NETWORK = Network(join_limit_s=60.0)
+IMPATIENT = Network(join_limit_s=60.0, heartbeat_limit_s=2.0)  # notices who is frozen
 WITHIN_S = 5.0
 
 
@@ -35,6 +38,18 @@ def test_who_left_is_not_late() -> None:
     assert [pulse.late([b"left"]) for _ in range(4)] == [[]] * 4
 
 
+def test_the_store_sees_clients_under_addresses_that_have_names() -> None:
+    """One that listens for IPv6 too sees ::ffff:127.0.0.1, and asks the name server for each."""
+    port = gangs.free_port()
+    server = serve(port)
+    with pytest.raises(OSError):
+        socket.create_connection(("::1", port), timeout=5.0)
+    socket.create_connection(("127.0.0.1", port), timeout=5.0).close()
+    with pytest.raises(RunError, match=f"cannot listen on port {port}.*MASTER_PORT"):
+        serve(port)
+    del server
+
+
 def introduce(gang: Gang) -> None:
     first = 4 * gang.ranks.rank
     gang.introduce("cpu", f"layers {first}-{first + 3}")
@@ -44,6 +59,8 @@ def finish(ranks: Ranks) -> None:
     with joined(ranks, NETWORK) as gang:
         introduce(gang)
         assert gang.board.exchange("number", ranks.rank) == list(range(ranks.size))
+        everybodys = list(range(ranks.size))
+        assert gang.board.gather("again", ranks.rank) == ([] if ranks.rank else everybodys)
         assert gang.board.share("plan", {"cuts": [4, 4]} if ranks.rank == 0 else None) == {
             "cuts": [4, 4]
         }
@@ -64,6 +81,7 @@ def fail_at(ranks: Ranks, failing: int, folder: Path) -> None:
         gang.watch.on_failure(lambda: (folder / f"woken-{ranks.rank}").touch())
         gang.board.meet("start")
         if ranks.rank == failing:
+            (folder / "failed").touch()
             raise RunError("load_weight of layer 5 failed: the disk is full")
         if ranks.rank == (failing + 1) % ranks.size:
             gang.board.meet("never")
@@ -72,9 +90,8 @@ def fail_at(ranks: Ranks, failing: int, folder: Path) -> None:
 
 @pytest.mark.parametrize("failing", [0, 2])
 def test_the_first_failure_is_what_every_rank_tells(tmp_path: Path, failing: int) -> None:
-    began = time.monotonic()
     ended = run_gang(tmp_path, fail_at, failing, tmp_path, stages=3)
-    assert time.monotonic() - began < 2 * WITHIN_S
+    assert time.time() - (tmp_path / "failed").stat().st_mtime < WITHIN_S
     layers = f"{4 * failing}-{4 * failing + 3}"
     reason = (
         f"flexpipe: error: stage {failing} (rank {failing}, layers {layers}): "
@@ -137,7 +154,7 @@ def test_a_bug_shows_its_traceback_and_the_reason_below(tmp_path: Path) -> None:
 
 
 def wait_to_be_hit(ranks: Ranks, folder: Path) -> None:
-    with joined(ranks, NETWORK) as gang:
+    with joined(ranks, IMPATIENT) as gang:
         introduce(gang)
         gang.board.meet("start")
         time.sleep(1.0)  # looks at the others, who have told their layers
@@ -158,7 +175,7 @@ def hit(folder: Path, victim: int, number: signal.Signals) -> tuple[Sequence[End
 def test_a_frozen_rank_ends_all_within_the_limit_and_is_killed(tmp_path: Path, victim: int) -> None:
     ended, seconds = hit(tmp_path, victim, signal.SIGSTOP)
     told = ended[1 - victim]
-    assert seconds < NETWORK.heartbeat_limit_s + WITHIN_S
+    assert seconds < IMPATIENT.heartbeat_limit_s + WITHIN_S
     assert (told.code, ended[victim].code) == (5, -signal.SIGKILL)
     assert told.last_line == (
         f"flexpipe: error: stage {victim} (rank {victim}, layers {4 * victim}-{4 * victim + 3}) "

@@ -21,7 +21,8 @@ from flexpipe.plan.block import Need
 from flexpipe.plan.codec import Codec
 from flexpipe.plan.pipeline import Pipeline
 from flexpipe.plan.placement import model_tensors
-from flexpipe.plan.plan import Budgets, Plan, Planner
+from flexpipe.plan.plan import Budgets, Plan
+from flexpipe.plan.planner import Planner
 from flexpipe.plan.policy import COMPRESSIONS, STRATEGIES, Policy, Shares
 from flexpipe.plan.tier import Tier
 from flexpipe.schedule.build import schedule
