@@ -84,7 +84,7 @@ class PipelineProposal:
             prediction_line(made),
             bottleneck_line(made),
             plain_table(("instead", "tokens/s", "because"), self._others()),
-            "" if least is None else f"{least} such machines are the least that hold it",
+            "" if least is None else f"the least number of such machines that hold it is {least}",
             f"{self.found.num_choices} choices estimated, {1 + len(self.found.others)} played, in "
             f"{self.search_s:.1f} s",
         ]

@@ -170,15 +170,20 @@ def test_few_stages_of_a_deep_model_are_estimated():
     assert len(ranks.asked) < 60
 
 
-@given(rooms=st.lists(st.integers(0, 9), min_size=1, max_size=4), num_layers=st.integers(4, 12))
-def test_no_cut_within_the_rooms_has_a_smaller_largest_stage(rooms, num_layers):
+@given(
+    rooms=st.lists(st.integers(0, 9), min_size=1, max_size=4),
+    num_layers=st.integers(4, 12),
+    num_chunks=st.integers(1, 2),
+)
+def test_no_cut_within_the_rooms_has_a_smaller_largest_stage(rooms, num_layers, num_chunks):
     cuts = [
         cut
-        for cut in all_cuts(num_layers, len(rooms))
+        for cut in all_cuts(num_layers, len(rooms), least=num_chunks)
         if all(count <= room for count, room in zip(cut, rooms, strict=True))
     ]
-    cut = most_even(num_layers, rooms)
+    cut = most_even(num_layers, rooms, num_chunks)
     assert (cut is None) == (not cuts)
     if cut is not None:
-        assert cut in cuts
-        assert max(cut) == min(map(max, cuts))
+        ranks = tuple(sum(cut[rank :: len(rooms)]) for rank in range(len(rooms)))
+        assert ranks in cuts
+        assert max(ranks) == min(map(max, cuts))
