@@ -273,7 +273,8 @@ class CostModel:
         work = self._computing.compute_s(op, self._shape(op))
         rate = self.emulation.flops_per_s if self.emulation else None
         seconds = max(work, self._flops(op) / rate) if rate else work
-        return Cost(seconds, "compute", work / seconds)
+        rows = self._shape(op).num_new
+        return Cost(seconds, self.profile.computing(rows), work / seconds)
 
     def _flops(self, op: Op) -> int:
         shape = self._shape(op)

@@ -58,13 +58,14 @@ class Work:
         """The same where everything overlaps: a lane or link named as its activity takes longer by
         what the others slow it down, who go on all the while. That is still a lower bound."""
         seconds = dict(self.seconds)
-        for name in self.seconds.keys() & self.active.keys():
+        for activity, own_s in self.active.items():
+            name = "compute" if activity == "compute_few" else activity
             lost = sum(
-                (1 - 1 / slowdown.get((name, beside), 1.0)) * active_s
+                (1 - 1 / slowdown.get((activity, beside), 1.0)) * active_s
                 for beside, active_s in self.active.items()
             )
-            if self.active[name]:
-                seconds[name] += lost * self.active[name] / self.seconds[name]
+            if own_s and name in seconds:
+                seconds[name] += lost * own_s / self.seconds[name]
         return Work(seconds, self.num_bytes, self.active)
 
     @property

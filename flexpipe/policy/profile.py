@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ PROFILES = Path("~/.cache/flexpipe/profiles")  # the measured ones, a file per m
 PROFILE_VARIABLE = "FLEXPIPE_PROFILE"  # names the one to use instead
 
 LINKS = ("h2d", "d2h", "disk_read", "disk_write", "comm")  # the last one to another rank
-ACTIVITIES = ("compute", "attend", "copy", "disk_read", "disk_write")
+ACTIVITIES = ("compute", "compute_few", "attend", "copy", "disk_read", "disk_write")
+FEW_ROWS = 24  # with fewer a product waits for its weight, and so for memory
 OVERHEADS = (
     "layer",  # a decoder layer's compute op, beside its work
     "group",  # in one, each further group of rows that attend together
@@ -89,7 +91,8 @@ class Profile:
     are further measurements for people (buffered reads, other depths), which the cost model
     does not read but for `h2d_pageable` and `d2h_pageable`, where host memory is not page-
     locked. `slowdown["compute", "disk_read"]` is how much longer compute takes while the disk
-    is read; a pair that is absent does not disturb. `load` is numbers per second that loading
+    is read, "compute_few" what does with fewer than `FEW_ROWS` rows, where that is known apart; a
+    pair that is absent does not disturb. `load` is numbers per second that loading
     converts and packs, per dtype at home, and bytes per second of "pools" taken. `machine` and
     `mount` say where it was measured.
     """
@@ -135,6 +138,14 @@ class Profile:
 
     def overhead(self, what: str) -> float:
         return self.overhead_s.get(what, 0.0)
+
+    def computing(self, rows: int) -> str:
+        """The activity that computing with so many rows is."""
+        return "compute_few" if rows < FEW_ROWS and self._knows_few else "compute"
+
+    @cached_property
+    def _knows_few(self) -> bool:
+        return any("compute_few" in pair for pair in self.slowdown)
 
 
 def read_profile(path: Path) -> Profile:

@@ -37,7 +37,7 @@ from flexpipe.profiling.effort import FULL, QUICK, Effort
 from flexpipe.profiling.links import DiskTasks, copy_tasks
 from flexpipe.profiling.messages import message_tasks
 from flexpipe.profiling.overhead import op_times, overheads
-from flexpipe.profiling.products import ProductTasks
+from flexpipe.profiling.products import PAIR_ROWS, ProductTasks
 from flexpipe.profiling.slowdown import slowdowns
 from flexpipe.profiling.stopwatch import Rated, Stopwatch, Task, TaskSource, rate_all
 from flexpipe.runtime.device import Device, open_device
@@ -80,7 +80,7 @@ def measure_profile(
             rates = _compute(device.torch_device, dtypes, effort, progress)
             host = None if device.torch_device == CPU else _host(dtypes, effort, progress)
             progress("how activities disturb each other")
-            slowdown = _slowdowns(device, dtypes[0], disk, effort)
+            slowdown = _slowdowns(device, dtypes[-1], disk, effort)
         tries.append(_op_times(device, offload.job, effort))
     overhead_s = {**overheads(tries), "read": read_s}
     return Profile(
@@ -252,7 +252,8 @@ def _slowdowns(
         for task in disk.moves((PAIR_BYTES,)):
             tasks[str(task.key[1])] = task
         if device.torch_device == CPU:
-            tasks["compute"] = ProductTasks(CPU, effort).pair(dtype)
+            products = ProductTasks(CPU, effort)
+            tasks |= {name: products.pair(dtype, rows) for name, rows in PAIR_ROWS.items()}
         with _threads_kept():
             return slowdowns(
                 tasks,

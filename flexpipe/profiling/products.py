@@ -32,7 +32,7 @@ from flexpipe.profiling.effort import Effort
 from flexpipe.profiling.numbers import CODECS, ROTATED_BYTES, Numbers
 from flexpipe.profiling.stopwatch import Key, Task, TaskSource
 
-PAIR_ROWS = 64  # of the product whose pace beside others is measured
+PAIR_ROWS = {"compute": 64, "compute_few": 8}  # of products whose pace beside others is measured
 _SLICE = (CONVERT_ELEMENTS // 4096, 4096)  # of a weight, as `multiply` converts it
 _HOME = (4096, 4096)  # what is loaded
 
@@ -57,10 +57,10 @@ class ProductTasks:
         """Products with the smallest weight."""
         return partial(self._products, dtype, self._effort.weights[0])
 
-    def pair(self, dtype: str) -> Task:
-        """A product of a millisecond."""
+    def pair(self, dtype: str, rows: int) -> Task:
+        """A product of a millisecond at most."""
         tasks = self._products(dtype, self._effort.weights[1])
-        *_, task = (task for task in tasks if task.key[-1] == PAIR_ROWS)
+        *_, task = (task for task in tasks if task.key[-1] == rows)
         return task
 
     def _products(self, dtype: str, shape: tuple[int, int]) -> Iterator[Task]:

@@ -24,6 +24,10 @@ PAIRS = (
     ("compute", "disk_write"),
     ("compute", "copy"),
     ("compute", "attend"),
+    ("compute_few", "disk_read"),
+    ("compute_few", "disk_write"),
+    ("compute_few", "copy"),
+    ("compute_few", "attend"),
     ("attend", "disk_read"),
     ("attend", "copy"),
     ("disk_read", "disk_write"),
@@ -78,7 +82,7 @@ def slowdowns(
 
     Tasks that compute or attend take `num_threads` intra-op threads, others one.
     """
-    several = dict.fromkeys(("compute", "attend"), num_threads)
+    several = dict.fromkeys(("compute", "compute_few", "attend"), num_threads)
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
     runners = {name: _Runner(task, several.get(name, 1)) for name, task in tasks.items()}
     try:
