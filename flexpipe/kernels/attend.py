@@ -31,7 +31,7 @@ from flexpipe.kernels import team
 from flexpipe.kernels.emit import BYTE, F32, I64, Emitter, Value
 from flexpipe.plan.codec import Codec, Segment
 
-__all__ = ["KvRows", "attend_rows", "runs_here"]
+__all__ = ["KvRows", "attend_rows", "compile_for", "runs_here"]
 
 _MOST_LANES = 16
 _ACCUMULATORS = 16  # vectors that stay in registers
@@ -91,6 +91,22 @@ def attend_rows(q_RND: Tensor, kv_RL2K: Tensor, rows: KvRows, codec: Codec | Non
             kv_RL2K.stride(0) * kv_RL2K.element_size(),
             num_rows,
         ]
+    )
+
+
+def compile_for(
+    *, num_heads: int, num_kv_heads: int, head_dim: int, dtype: str, codec: Codec | None
+) -> None:
+    """Have the kernel at hand for queries and caches in `dtype`, or caches in `codec`'s form."""
+    _kernel(
+        _Shape(
+            num_kv_heads=num_kv_heads,
+            group=num_heads // num_kv_heads,
+            head_dim=head_dim,
+            q_dtype=dtype,
+            kv_dtype=None if codec else dtype,
+            codec=codec,
+        )
     )
 
 

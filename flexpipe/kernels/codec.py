@@ -20,7 +20,7 @@ from flexpipe.kernels import team
 from flexpipe.kernels.emit import BYTE, Emitter, Value
 from flexpipe.plan.codec import Codec, Segment
 
-__all__ = ["LARGEST", "compress", "widen"]
+__all__ = ["LARGEST", "compile_for", "compress", "widen"]
 
 LARGEST = 65504.0  # of float16, which keeps a group's smallest number and step
 _ROWS_AT_ONCE = 8  # that a thread takes
@@ -143,6 +143,11 @@ def _widen_groups(codes: Tensor, params: Tensor, bits: int, out: Tensor) -> None
 
 def _code_bytes(size: int, bits: int) -> int:
     return size if bits == 8 else -(-size // 2)
+
+
+def compile_for(codec: Codec, size: int, dtype: str) -> None:
+    """Have the kernel at hand that widens rows of `size` numbers to `dtype`."""
+    _kernel(codec, size, dtype)
 
 
 def _widen_by_kernel(rows_MB: Tensor, codec: Codec, out_MN: Tensor) -> None:

@@ -14,7 +14,7 @@ from flexpipe.plan.layer import LayerKind, LayerPlan, Piece
 from flexpipe.plan.layout import Part
 from flexpipe.plan.plan import Plan
 from flexpipe.policy.curve import Curve, Surface
-from flexpipe.policy.profile import Profile, Rates
+from flexpipe.policy.profile import Profile, Rates, prefill_kind
 from flexpipe.policy.shape import Attention, Shape
 from flexpipe.schedule.op import Op, Segment, pieces_of
 
@@ -146,7 +146,9 @@ class ComputeCost:
                 num_bytes = piece.attended * width * self._plan.compute_bytes
                 seconds += max(curve.seconds(num_bytes), flops / dense)
             else:
-                curve = self._curve(rates.prefill_attention, "prefill_attention")
+                curves = rates.prefill_attention
+                narrow = curves.get(prefill_kind(self._dtype, config.head_dim))
+                curve = narrow or self._curve(curves, "prefill_attention")
                 seconds += curve.seconds(flops, piece.num_new)
             if codec is not None:
                 keys = piece.attended if piece.num_new == 1 else piece.rows * piece.num_new

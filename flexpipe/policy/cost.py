@@ -26,7 +26,6 @@ from flexpipe.schedule.op import Kind, Op
 from flexpipe.schedule.simulate import Cost
 from flexpipe.schedule.step import MicroBatch
 
-IN_FLIGHT = 8  # scattered reads and writes of one op at a time
 FETCHED_BYTES = 8 + 1  # of a sampled row: its token, and whether its logits were finite
 TOKEN_BYTES = 2 * 8  # the same in a message between ranks
 
@@ -154,18 +153,21 @@ class CostModel:
     def _move(self, link: str, num_bytes: int, pieces: int = 1) -> Cost:
         overhead = self.profile.overhead("move")
         overhead += max(0, pieces - 1) * self.profile.overhead("copy")
-        return self._over(link, num_bytes, num_bytes / max(1, pieces), overhead, "copy")
+        return self._over(link, num_bytes, overhead + self._link_s(link, num_bytes, pieces), "copy")
 
     def _disk(self, link: str, num_bytes: int, extents: int = 1) -> Cost:
-        overhead = self.profile.overhead("read") * max(1.0, extents / IN_FLIGHT)
-        return self._over(link, num_bytes, num_bytes, overhead, link)
+        """Pieces are in flight together: their latencies bound them, or their bytes."""
+        kind = link.removeprefix("disk_")
+        latency = self.profile.overhead(kind)
+        latency += max(0, extents - 1) * self.profile.overhead(f"{kind}_span")
+        return self._over(link, num_bytes, max(latency, self._link_s(link, num_bytes)), link)
 
-    def _over(
-        self, link: str, num_bytes: int, size: float, overhead_s: float, activity: str
-    ) -> Cost:
-        """Bytes over a link; an emulated one takes its own time where that is longer."""
+    def _link_s(self, link: str, num_bytes: int, pieces: int = 1) -> float:
         curve = self._link(link)
-        work = overhead_s + (curve.seconds(num_bytes, max(size, 1.0)) if curve else 0.0)
+        return curve.seconds(num_bytes, max(num_bytes / max(1, pieces), 1.0)) if curve else 0.0
+
+    def _over(self, link: str, num_bytes: int, work: float, activity: str) -> Cost:
+        """Bytes over a link; an emulated one takes its own time where that is longer."""
         rate = getattr(self.emulation, f"{link}_bytes_per_s") if self.emulation else None
         seconds = max(work, num_bytes / rate) if rate else work
         return Cost(seconds, activity, work / seconds if seconds else 1.0, link, num_bytes)

@@ -39,13 +39,17 @@ PROFILE_VARIABLE = "FLEXPIPE_PROFILE"  # names the one to use instead
 LINKS = ("h2d", "d2h", "disk_read", "disk_write", "comm")  # the last one to another rank
 ACTIVITIES = ("compute", "compute_few", "attend", "copy", "disk_read", "disk_write")
 FEW_ROWS = 24  # with fewer a product waits for its weight, and so for memory
+NARROW_HEAD = 64  # heads up to this attend to prompts at rates of their own
 OVERHEADS = (
     "layer",  # a decoder layer's compute op, beside its work
     "group",  # in one, each further group of rows that attend together
     "other",  # any other compute op, and sampling
     "move",  # a move over a host link
     "copy",  # each further piece of one
-    "read",  # an op that reads or writes the disk
+    "read",  # reading so little from the disk that only its latency counts
+    "read_span",  # each further piece of a scattered read
+    "write",  # the same of writes
+    "write_span",
     "hop",  # from an op's end to the start of one on another lane that waits for it
     "commit",  # making tokens known
     "commit_row",  # the same, per row
@@ -59,12 +63,12 @@ class Rates:
     Of products: FLOPs by the weight's elements and the rows that meet it, per compute dtype;
     those of a weight that stays at home may be `packed`, and `converted`, by rows, is with a
     slice that was converted a moment ago and lies in the caches. Of attention: FLOPs of new
-    tokens by the new tokens per row, bytes of KV cache for decoding rows by the bytes of one
-    call, of a compressed cache under "4>float32" (and FLOPs where many query heads share a head
-    of the cache). Numbers per second for what goes over them once: norms (`elementwise`),
-    rotary positions and the gate of an MLP by their count (the latter two as norms where
-    nothing is known of them), conversion "from>to", compressed weights widened "4>bfloat16",
-    new keys and values compressed to so many bits, logits sampled from.
+    tokens by the new tokens per row ("float32/64" are those of narrow heads), bytes of KV cache for
+    decoding rows by the bytes of one call, of a compressed cache under "4>float32" (and FLOPs where
+    many query heads share a head of the cache). Numbers per second for what goes over them once:
+    norms (`elementwise`), rotary positions and the gate of an MLP by their count (the latter two as
+    norms where nothing is known of them), conversion "from>to", compressed weights widened
+    "4>bfloat16", new keys and values compressed to so many bits, logits sampled from.
     """
 
     matmul: Mapping[str, Surface]
@@ -80,6 +84,11 @@ class Rates:
     widen: Mapping[str, float] = field(default_factory=dict)
     compress: Mapping[str, float] = field(default_factory=dict)
     sample: Mapping[str, float] = field(default_factory=dict)
+
+
+def prefill_kind(dtype: str, head_dim: int) -> str:
+    """Which of `Rates.prefill_attention` is that of such heads."""
+    return dtype if head_dim > NARROW_HEAD else f"{dtype}/{NARROW_HEAD}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Attention of a device and what goes over numbers once, as tasks for the stopwatch.
 
-KV caches are rotated over, so that they come from memory as they do in a run.
+KV caches are rotated over, so that they come from memory as they do in a run, and small work is
+measured behind a product.
 
 Shapes as in `flexpipe.model.segments`.
 """
@@ -8,6 +9,7 @@ Shapes as in `flexpipe.model.segments`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -21,14 +23,15 @@ from flexpipe.model.cost import attend_flops, num_attended
 from flexpipe.model.sampling import choose
 from flexpipe.model.workspace import Workspace
 from flexpipe.plan.codec import Codec
+from flexpipe.policy.profile import NARROW_HEAD, prefill_kind
 from flexpipe.profiling.effort import Effort
 from flexpipe.profiling.numbers import CODECS, ROTATED_BYTES, Numbers
+from flexpipe.profiling.products import ProductTasks
 from flexpipe.profiling.stopwatch import Task, TaskSource
 from flexpipe.units import MIB
 
 WIDTH = 2048  # of hidden states under a norm, and numbers of a token's keys
-# heads of 64 attend as many bytes a second when decoding and a tenth fewer FLOPs where those bound;
-# in prompts a tenth fewer of 1024 tokens and a third fewer of 64
+# narrow heads attend as many bytes a second when decoding and a tenth fewer FLOPs where those bound
 HEADS, HEAD_DIM = 16, 128
 GROUP = 8  # query heads that share a head of the cache where arithmetic is to be the bound
 GROUPED_BYTES = 16 * MIB
@@ -43,6 +46,7 @@ class AttentionTasks:
     def __init__(self, device: torch.device, effort: Effort) -> None:
         self._effort = effort
         self._memory = Numbers(device)
+        self._products = ProductTasks(device, effort)
 
     def sources(self, dtype: str) -> list[TaskSource]:
         """All there is to know of a compute dtype, beside products."""
@@ -83,21 +87,22 @@ class AttentionTasks:
         return next(task for task in self._decode_attention(dtype) if task.amount >= PAIR_BYTES)
 
     def _prefill_attention(self, dtype: str) -> Iterator[Task]:
-        """Some 1024 tokens a call, as many rows as that makes."""
-        config = _config(HEADS, dtype)
-        for num_new in self._effort.prefill:
-            rows = max(1, self._effort.prefill[-1] // 2 // num_new)
-            batch = self._batch(config, [RowSpan(0, num_new)] * rows, dtype)
-            shape = (rows, num_new, 2, HEADS, HEAD_DIM)
-            flops = attend_flops(config, rows * num_attended(0, num_new))
-            yield Task(
-                key=("prefill_attention", dtype, num_new),
-                amount=flops,
-                work=self._attending(config, batch, [self._memory.drawn(shape, dtype)], dtype),
-            )
+        """Some 1024 tokens a call, as many rows as that makes, with wide heads and narrow ones."""
+        for head_dim in (HEAD_DIM, NARROW_HEAD):
+            config = replace(_config(HEADS, dtype), head_dim=head_dim)
+            for num_new in self._effort.prefill:
+                rows = max(1, self._effort.prefill[-1] // 2 // num_new)
+                batch = self._batch(config, [RowSpan(0, num_new)] * rows, dtype)
+                cache = self._memory.drawn((rows, num_new, 2, HEADS, head_dim), dtype)
+                yield Task(
+                    key=("prefill_attention", prefill_kind(dtype, head_dim), num_new),
+                    amount=attend_flops(config, rows * num_attended(0, num_new)),
+                    work=self._attending(config, batch, [cache], dtype),
+                )
 
     def _decode_attention(self, dtype: str) -> Iterator[Task]:
         """One head of cache per query head, so that bytes are the bound."""
+        between = self._products.between(dtype)
         config = _config(HEADS, dtype)
         token_bytes = 2 * HEADS * HEAD_DIM * DTYPE_BYTES[dtype]
         held = self._memory.drawn_bytes(
@@ -111,6 +116,7 @@ class AttentionTasks:
                 key=("decode_attention", dtype, num_bytes),
                 amount=num_bytes,
                 work=self._attending(config, batch, caches, dtype),
+                before=between,
             )
 
     def _compressed_attention(self, dtype: str) -> Iterator[Task]:
@@ -155,6 +161,7 @@ class AttentionTasks:
 
     def _elementwise(self, dtype: str) -> Iterator[Task]:
         """An RMS norm."""
+        between = self._products.between(dtype)
         config, room = _config(HEADS, dtype), self._memory.workspace()
         weight_H = self._memory.drawn((WIDTH,), dtype)
         for tokens in self._effort.norm:
@@ -163,10 +170,12 @@ class AttentionTasks:
                 key=("elementwise", dtype, tokens * WIDTH),
                 amount=tokens * WIDTH,
                 work=partial(_normalize, x_TH, weight_H, out_TH, config, room),
+                before=between,
             )
 
     def _turned(self, dtype: str) -> Iterator[Task]:
         """Queries and keys given their positions."""
+        between = self._products.between(dtype)
         config, room = _config(HEADS, dtype), self._memory.workspace()
         rope = RopeTable.build(RopeConfig(theta=10000.0), HEAD_DIM, self._memory.device)
         for tokens in self._effort.norm:
@@ -176,16 +185,19 @@ class AttentionTasks:
                 key=("rotary", dtype, x_TND.numel()),
                 amount=x_TND.numel(),
                 work=partial(_turn, x_TND, batch, room),
+                before=between,
             )
 
     def _gated(self, dtype: str) -> Iterator[Task]:
         """One wide state by another, in memory that was just written as a product writes it."""
+        between = self._products.between(dtype)
         for tokens in self._effort.norm:
             wide_TF, gate_TF = (self._memory.drawn((tokens, WIDTH), dtype) for _ in range(2))
             yield Task(
                 key=("gating", dtype, tokens * WIDTH),
                 amount=tokens * WIDTH,
                 work=partial(_gate, wide_TF, gate_TF),
+                before=between,
             )
 
     def _samples(self, dtype: str) -> Iterator[Task]:
@@ -201,7 +213,7 @@ class AttentionTasks:
     ) -> partial[None]:
         """Attention to one cache after the other; outputs become queries, which does no harm."""
         heads = config.num_heads + 2 * config.num_kv_heads
-        both = self._memory.drawn((batch.num_tokens, heads, HEAD_DIM), dtype)
+        both = self._memory.drawn((batch.num_tokens, heads, config.head_dim), dtype)
         room = self._memory.workspace()
         return partial(_attend, both[:, : config.num_heads], batch, caches, config, room)
 

@@ -29,6 +29,7 @@ from flexpipe.units import MIB
 IN_FLIGHT = (1, 2, 4, 8)
 DETAIL_BYTES = (64 * 1024, MIB, CHUNK_BYTES)
 _SPARED = 4  # a file takes at most this part of the free space
+_PAGE, _SCATTERED = 4096, 64  # bytes of the least transfer, and how many of them go together
 
 
 def copy_tasks(device: Device, effort: Effort, *, pin: bool = True) -> Generator[Task, None, None]:
@@ -92,13 +93,26 @@ class DiskTasks:
         work = self._anywhere(move, self._buffer, num_bytes)
         return Task(key=("links", name, num_bytes), amount=num_bytes, work=work)
 
-    def read_page(self) -> Task:
-        """The least that a read can be."""
-        return Task(
-            key=("read",),
-            amount=1,
-            work=self._anywhere(self._file.read, self._buffer, 4096),
-        )
+    def latencies(self) -> Iterator[Task]:
+        """The least that a read or a write can be, alone and as one of many that go together."""
+        pages = self._buffer[: _SCATTERED * 2 * _PAGE].reshape(_SCATTERED, -1)[:, :_PAGE]
+        places = range(0, self.num_bytes - _PAGE + 1, 2 * _PAGE)  # no two of them are neighbours
+        draw = random.Random(0)
+
+        def spans(turn: int, move: Any) -> None:
+            move(
+                [
+                    (at, _PAGE, page)
+                    for at, page in zip(draw.sample(places, len(pages)), pages, strict=True)
+                ]
+            )
+
+        for kind in ("read", "write"):
+            alone, together = getattr(self._file, kind), getattr(self._file, f"{kind}_spans")
+            work = self._anywhere(alone, self._buffer, _PAGE)
+            yield Task(key=("latency", kind), amount=1, work=work)
+            work = partial(spans, move=together)
+            yield Task(key=("latency", f"{kind}_span"), amount=_SCATTERED, work=work)
 
     def details(self) -> Iterator[Task]:
         """Direct and buffered, with some in flight at once."""

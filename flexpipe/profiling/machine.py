@@ -13,7 +13,6 @@ import datetime
 import hashlib
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -74,7 +73,7 @@ def measure_profile(
         with contextlib.closing(DiskTasks(offload.job, effort)) as disk:
             progress("links and the disk")
             links = _links(device, disk, effort)
-            read_s = 1 / _watch(CPU, effort).rate(disk.read_page())
+            latencies = _latencies(disk, effort)
             if not effort.quick:
                 tries.append(_op_times(device, offload.job, effort))
             rates = _compute(device.torch_device, dtypes, effort, progress)
@@ -82,7 +81,7 @@ def measure_profile(
             progress("how activities disturb each other")
             slowdown = _slowdowns(device, dtypes[-1], disk, effort)
         tries.append(_op_times(device, offload.job, effort))
-    overhead_s = {**overheads(tries), "read": read_s}
+    overhead_s = {**overheads(tries), **latencies}
     return Profile(
         name=_name(device),
         date=datetime.date.today().isoformat(),
@@ -205,12 +204,18 @@ def _links(device: Device, disk: DiskTasks, effort: Effort) -> Rated:
     def rate() -> Rated:
         return {
             **rate_all(copies, watch, effort.rounds),
-            **rate_all(moves, longer, effort.rounds, chosen=statistics.median),
+            **rate_all(moves, longer, effort.rounds),
             **rate_all([partial(message_tasks, effort)], watch, effort.rounds),
             **rate_all(further, watch, 1),
         }
 
     return _in_thread(rate, num_threads=1)
+
+
+def _latencies(disk: DiskTasks, effort: Effort) -> dict[str, float]:
+    """Seconds."""
+    rate = partial(rate_all, [disk.latencies], _watch(CPU, effort), effort.rounds)
+    return {str(key[1]): 1 / each for key, each in _in_thread(rate, num_threads=1).items()}
 
 
 def _compute(device: torch.device, dtypes: Sequence[str], effort: Effort, progress: Tell) -> Rated:

@@ -1,7 +1,7 @@
 """Products of a device, as tasks for the stopwatch: weights plain, packed, converted, compressed.
 
-Weights are rotated over, so that they come from memory as they do in a run; the smallest stays in
-the caches, and so does a slice that is multiplied right after its conversion.
+Weights are rotated over, so that they come from memory as they do in a run; only a slice that is
+multiplied right after its conversion stays in the caches.
 
 Shapes as in `flexpipe.model.matmul`.
 """
@@ -9,7 +9,7 @@ Shapes as in `flexpipe.model.matmul`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -57,6 +57,13 @@ class ProductTasks:
         """Products with the smallest weight."""
         return partial(self._products, dtype, self._effort.weights[0])
 
+    def between(self, dtype: str) -> Callable[[int], object] | None:
+        """What a run does between two small pieces of work; nothing on an accelerator, whose
+        launches hide what is in its caches."""
+        if self._memory.device.type != "cpu":
+            return None
+        return self.pair(dtype, PAIR_ROWS["compute"]).work
+
     def pair(self, dtype: str, rows: int) -> Task:
         """A product of a millisecond at most."""
         tasks = self._products(dtype, self._effort.weights[1])
@@ -64,9 +71,7 @@ class ProductTasks:
         return task
 
     def _products(self, dtype: str, shape: tuple[int, int]) -> Iterator[Task]:
-        rotated = shape != self._effort.weights[0]
-        count = _count(shape, dtype) if rotated else 1
-        plain = [self._memory.drawn(shape, dtype) for _ in range(count)]
+        plain = [self._memory.drawn(shape, dtype) for _ in range(_count(shape, dtype))]
         elements = math.prod(shape)
         yield from self._multiplied(("matmul", dtype, elements), plain)
         if packs(shape, torch_dtype(dtype), self._memory.device):

@@ -2,8 +2,8 @@
 
 What is to be measured is data: a `Task` says what it does how much of, and turns of it are
 timed, on an accelerator many at a time, since those return before they are done. A window's rate is
-that of its median turn, so that a hiccup of the machine does not show. A task's rate is that of the
-best of some rounds, which lie seconds apart, where what else runs on a machine only ever slows it.
+the mean of its turns, a task's the median of some rounds, which lie seconds apart: what a machine
+keeps up, since jobs run for long, and not what it does at its best.
 """
 
 from __future__ import annotations
@@ -28,12 +28,15 @@ class Task:
     """Work whose rate is wanted: `work(turn)` does `amount` of it.
 
     `turn` counts up, for tasks that must not find in the caches what their last turn left there.
-    `key` is where the rate belongs in a profile: a field, what of it, then its sizes.
+    `before` runs in front of every turn and is not timed: small work takes up to twice as long
+    behind something else as behind itself. `key` is where the rate belongs in a profile: a field,
+    what of it, then its sizes.
     """
 
     key: Key
     amount: float
     work: Callable[[int], object]
+    before: Callable[[int], object] | None = None
 
 
 TaskSource = Callable[[], Iterator[Task]]
@@ -51,15 +54,17 @@ class Stopwatch:
         """Amount per second; the first turn, which may compile something, does not count."""
         self._seconds(task, 0, 1)
         first = self._seconds(task, 1, 1)
-        turn, batch = 2, max(1, round(self._batch_s / first))
+        turn, batch = 2, 1 if task.before else max(1, round(self._batch_s / first))
         seconds = [] if batch > 1 else [first]
         end = time.perf_counter() + self._window_s - sum(seconds)
         while not seconds or time.perf_counter() < end:
             seconds.append(self._seconds(task, turn, batch) / batch)
             turn += batch
-        return task.amount / statistics.median(seconds)
+        return task.amount / statistics.fmean(seconds)
 
     def _seconds(self, task: Task, turn: int, count: int) -> float:
+        if task.before is not None:
+            task.before(turn)
         start = time.perf_counter()
         for index in range(turn, turn + count):
             task.work(index)
@@ -68,18 +73,12 @@ class Stopwatch:
         return time.perf_counter() - start
 
 
-def rate_all(
-    sources: Sequence[TaskSource],
-    watch: Stopwatch,
-    rounds: int,
-    *,
-    chosen: Callable[[Sequence[float]], float] = max,
-) -> Rated:
-    """The rate of every task, `chosen` from its rounds; what a source holds is freed before the
+def rate_all(sources: Sequence[TaskSource], watch: Stopwatch, rounds: int) -> Rated:
+    """The rate of every task, the median of its rounds; what a source holds is freed before the
     next one's turn."""
     found: dict[Key, list[float]] = defaultdict(list)
     for _ in range(rounds):
         for source in sources:
             for task in source():
                 found[task.key].append(watch.rate(task))
-    return {key: chosen(rates) for key, rates in found.items()}
+    return {key: statistics.median(rates) for key, rates in found.items()}

@@ -20,6 +20,7 @@ from flexpipe.memory.disk import DiskFile
 from flexpipe.plan.plan import Plan
 from flexpipe.runtime.compute import Compute
 from flexpipe.runtime.device import Device
+from flexpipe.runtime.kernels import compile_kernels
 from flexpipe.runtime.layout import Layouts, rows_of
 from flexpipe.runtime.messages import Messages
 from flexpipe.runtime.moves import Moves
@@ -83,9 +84,9 @@ class Stage:
         }
 
     def load(self, progress: Callable[[int], None]) -> None:
-        """Bring the weights home; `progress` is told the bytes read.
+        """Bring the weights home; `progress` is told the bytes read. Kernels are compiled beside.
 
-        In a thread of its own: the team that torch gives it for converting ends with it, and the
+        In threads of their own: the team that torch gives one for converting ends with it, and the
         compute lane's stays the only one.
         """
 
@@ -93,10 +94,12 @@ class Stage:
             with torch.inference_mode():
                 self.stores.weights.load(progress, self._device.stop)
 
-        with ThreadPoolExecutor(1, "flexpipe-load") as thread:
-            loaded = thread.submit(load)
+        with ThreadPoolExecutor(2, "flexpipe-load") as threads:
+            loaded = threads.submit(load)
+            compiled = threads.submit(compile_kernels, self.plan, self._device.torch_device)
             try:
                 loaded.result()
+                compiled.result()
             except BaseException:
                 self._device.stop.set()
                 raise
