@@ -87,8 +87,8 @@ FULL = Effort(
 )
 QUICK = Effort(
     quick=True,
-    rounds=2,
-    window_s=0.01,
+    rounds=1,
+    window_s=0.02,
     disk_window_s=0.08,
     weights=((512, 512), (1024, 1536), (4096, 4096)),
     rows=(1, 8, 64, 256, 1024),
