@@ -95,8 +95,15 @@ class CostModel:
     @cached_property
     def load_s(self) -> float:
         """Seconds to take the pools and to bring the weights home, from the checkpoint to the last
-        byte packed."""
-        seconds = self._pools_s
+        byte packed; kernels are compiled beside."""
+        computes_on_host = self.emulation is not None or self.plan.device_tier == Tier.CPU
+        compiles = computes_on_host or self.plan.policy.cpu_attention
+        kernels_s = self.profile.overhead("kernels") if compiles else 0.0
+        return self._pools_s + max(self._weights_s, kernels_s)
+
+    @property
+    def _weights_s(self) -> float:
+        seconds = 0.0
         for placed in self.plan.placement.tensors.values():
             if placed.home == Tier.DISK:
                 continue

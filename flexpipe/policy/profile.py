@@ -51,6 +51,7 @@ OVERHEADS = (
     "write",  # the same of writes
     "write_span",
     "hop",  # from an op's end to the start of one on another lane that waits for it
+    "kernels",  # compiling what a CPU computes with, beside loading
     "commit",  # making tokens known
     "commit_row",  # the same, per row
 )

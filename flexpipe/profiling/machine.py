@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import psutil
 import torch
 
+from flexpipe.kernels import attend
 from flexpipe.memory.offload import OffloadDirectory
 from flexpipe.memory.tier import populated
 from flexpipe.model.matmul import packs
@@ -66,6 +67,7 @@ def measure_profile(
     device = measured_device(device_name)
     effort = (effort or (QUICK if quick else FULL)).within(free_memory())
     dtypes = dtypes or worthwhile_dtypes(device.torch_device)
+    first = {"pools": _populating(), "kernels": _compiling(dtypes[-1])}  # as a process begins
     with OffloadDirectory(offload_dir) as offload:
         memory = usable_memory(device, offload.path)
         progress("what ops cost beside their work")
@@ -81,7 +83,7 @@ def measure_profile(
             progress("how activities disturb each other")
             slowdown = _slowdowns(device, dtypes[-1], disk, effort)
         tries.append(_op_times(device, offload.job, effort))
-    overhead_s = {**overheads(tries), **latencies}
+    overhead_s = {**overheads(tries), **latencies, "kernels": first["kernels"]}
     return Profile(
         name=_name(device),
         date=datetime.date.today().isoformat(),
@@ -93,7 +95,7 @@ def measure_profile(
         host=host,
         overhead_s={name: overhead_s[name] for name in OVERHEADS},
         slowdown=slowdown,
-        load={**_flat(rates, "load"), "pools": _populating()},
+        load={**_flat(rates, "load"), "pools": first["pools"]},
         details=_curves(links, "details"),
         threads=torch.get_num_threads(),
         quick=effort.quick,
@@ -247,13 +249,21 @@ def _populating() -> float:
     return sum(slab.numel() for slab in slabs) / (time.perf_counter() - start)
 
 
+def _compiling(dtype: str) -> float:
+    """Seconds until decoding rows can attend on the CPU."""
+    start = time.perf_counter()
+    if attend.runs_here(CPU):
+        attend.compile_for(num_heads=32, num_kv_heads=8, head_dim=128, dtype=dtype, codec=None)
+    return time.perf_counter() - start
+
+
 def _slowdowns(
     device: Device, dtype: str, disk: DiskTasks, effort: Effort
 ) -> dict[tuple[str, str], float]:
     """On an accelerator only the host's activities share anything."""
     with torch.inference_mode(), contextlib.closing(copy_tasks(device, effort)) as copies:
-        attend = AttentionTasks(CPU, effort).pair(dtype)
-        tasks = {"attend": attend, "copy": _of_size(copies, PAIR_BYTES)}
+        pair = AttentionTasks(CPU, effort).pair(dtype)
+        tasks = {"attend": pair, "copy": _of_size(copies, PAIR_BYTES)}
         for task in disk.moves((PAIR_BYTES,)):
             tasks[str(task.key[1])] = task
         if device.torch_device == CPU:
