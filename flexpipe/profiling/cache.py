@@ -1,8 +1,10 @@
 """The profile of this machine, measured once and kept.
 
-One file per machine, device, number of threads and mount of the offload directory. A full profile
-outlives quick ones; one that lacks a compute dtype is completed by it. What cannot be read is
-measured anew. `FLEXPIPE_PROFILE=FILE` stands for all of this: then nothing is ever measured.
+One file per machine, device, number of threads, mount of the offload directory and `METHOD`, the
+number of the way in which it was measured, which goes up when figures come to mean more or
+something else. A full profile outlives quick ones; one that lacks a compute dtype is completed by
+it. What cannot be read is measured anew. `FLEXPIPE_PROFILE=FILE` stands for all of this: then
+nothing is ever measured.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ from flexpipe.profiling.machine import (
     with_dtypes,
     worthwhile_dtypes,
 )
+
+METHOD = 2
 
 log = logging.getLogger("flexpipe")
 
@@ -90,7 +94,7 @@ def _measured(
     if not refresh:
         log.info(
             "measuring this machine (%s), once; `flexpipe profile` %s",
-            "half a minute" if quick else "up to 2 minutes",
+            "some 20 s" if quick else "up to 2 minutes",
             "does it more exactly" if quick else "--refresh does it again",
         )
     made = measure.whole(device, offload_dir, dtypes, quick=quick, progress=progress)
@@ -130,7 +134,8 @@ def profile_path(device: str, offload_dir: Path) -> Path:
     if given := os.environ.get(PROFILE_VARIABLE):
         return Path(given)
     kind = measured_device(device).torch_device.type
-    key = repr((machine_id(), kind, torch.get_num_threads(), mount_point(offload_dir)))
+    mount = mount_point(offload_dir)
+    key = repr((METHOD, machine_id(), kind, torch.get_num_threads(), mount))
     name = f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.yaml"
     return PROFILES.expanduser() / name
 
