@@ -166,14 +166,15 @@ class _Search:
         self._kinds = [first_like(sites, site) for site in sites]
 
     def run(self) -> FoundPipeline:
+        failure = None
         try:
             self._search()
-        except PlanError:
-            self._by_rule()
-            if not self._scored and not self._refused:
-                raise
+        except PlanError as error:
+            failure = error
         if not self._scored and not self._refused:
             self._by_rule()
+        if failure is not None and not self._scored and not self._refused:
+            raise failure
         scored = sorted(self._scored, key=lambda one: one.run_s)
         return FoundPipeline(
             best=scored[0] if scored else None,

@@ -35,7 +35,7 @@ from flexpipe.profiling.stopwatch import Key, Task, TaskSource
 PAIR_ROWS = {"compute": 64, "compute_few": 8}  # of products whose pace beside others is measured
 _SLICE = (CONVERT_ELEMENTS // 4096, 4096)  # of a weight, as `multiply` converts it
 _HOME = (4096, 4096)  # what is loaded
-_FEW = 4  # weights that are met between small pieces of work
+_NUM_BETWEEN = 4  # weights that are met between small pieces of work
 
 
 class ProductTasks:
@@ -44,7 +44,7 @@ class ProductTasks:
     def __init__(self, device: torch.device, effort: Effort) -> None:
         self._effort = effort
         self._memory = Numbers(device)
-        self._few: dict[str, list[Tensor]] = {}
+        self._between: dict[str, list[Tensor]] = {}
 
     def sources(self, dtype: str) -> list[TaskSource]:
         """All there is to know of products in a compute dtype."""
@@ -65,10 +65,10 @@ class ProductTasks:
         if self._memory.device.type != "cpu":
             return None
         shape = self._effort.weights[1]
-        if dtype not in self._few:
-            self._few[dtype] = [self._memory.drawn(shape, dtype) for _ in range(_FEW)]
+        if dtype not in self._between:
+            self._between[dtype] = [self._memory.drawn(shape, dtype) for _ in range(_NUM_BETWEEN)]
         x_TI, out_TO = (self._memory.drawn((PAIR_ROWS["compute"], n), dtype) for n in shape[::-1])
-        return partial(_multiply_by, self._few[dtype], x_TI, out_TO, self._memory.workspace(0))
+        return partial(_multiply_by, self._between[dtype], x_TI, out_TO, self._memory.workspace(0))
 
     def pair(self, dtype: str, rows: int) -> Task:
         """A product of a millisecond at most."""

@@ -292,7 +292,7 @@ class Watch:
     def _guard(self) -> None:
         """Notice a store that does not answer, and end what does not end by itself."""
         while not self._over.wait(self._interval_s):
-            self._unanswered += self._reach is not None
+            self._unanswered += 1
             if self._unanswered > self._max_looks:
                 self._learn(self._no_store(_FROZEN.format(self._limit_s)))
         if not self._closed.wait(GRACE_S):
