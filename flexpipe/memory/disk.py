@@ -2,8 +2,8 @@
 
 This module decides how bytes cross the disk link: with O_DIRECT where the mount allows it (probed
 once with a real transfer), else buffered, telling the page cache to forget what was used. What is
-read when is the schedule's business, where it goes the caller's. Everything waits in `preadv` and
-`pwritev`, so the GIL is free meanwhile, and looks at a stop flag between chunks.
+read when is the schedule's business, where it goes the caller's. Everything waits in system
+calls, so the GIL is free meanwhile, and looks at a stop flag between chunks.
 Invariants: a call returns only when no thread touches its buffers any more; the page cache does
 not grow with the bytes moved; no memory is taken beyond the bounce ring (`BOUNCE_BYTES`).
 
@@ -16,8 +16,7 @@ in turn, other work on the machine):
 
 Two chunks of 8 MiB come within 3 % of the best, and stay stoppable. The kind of page under the
 buffer matters most: hence the huge pages of `aligned_buffer`. Scattered pieces want many in flight:
-8 KiB reads reach 10 k/s one after the other and 43 k/s with eight, so `read_spans` of 64 KiB pages
-is twice as fast as a loop.
+the kernel takes them together where it can (`flexpipe.memory.aio`), else eight threads do.
 """
 
 from __future__ import annotations
@@ -43,6 +42,7 @@ import numpy.typing as npt
 
 from flexpipe.closing import Closing
 from flexpipe.errors import RunError
+from flexpipe.memory import aio
 from flexpipe.memory.offload import OffloadDirectory as OffloadDirectory
 from flexpipe.units import format_bytes
 
@@ -53,6 +53,7 @@ BOUNCE_CHUNK_BYTES = 2 << 20
 SCATTERED_IN_FLIGHT = 8
 BOUNCE_BYTES = BOUNCE_CHUNK_BYTES * SCATTERED_IN_FLIGHT  # what a process holds for unaligned reads
 SPAN_GAP_BYTES = 16 << 10  # reading over a smaller gap is cheaper than another request
+_WORTH_A_QUEUE = 2  # extents; a single one is as fast by itself
 _HUGE = 2 << 20
 _MANY_FILES = 1 << 16
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -251,7 +252,8 @@ class DiskFile(Closing):
         aligned = all(_is_aligned(view, offset) for offset, view in pieces)
         extents = _coalesce(pieces, max_gap=0 if aligned else SPAN_GAP_BYTES)
         with self._timed_read(sum(extent.num_bytes for extent in extents)):
-            _drain(self._read_extent, extents, min(SCATTERED_IN_FLIGHT, len(extents)), self._stop)
+            left = self._together("read", extents) if aligned else extents
+            _drain(self._read_extent, left, min(SCATTERED_IN_FLIGHT, len(left)), self._stop)
 
     def write(self, buffer: Buffer, offset: int) -> None:
         """Write all of `buffer`; offset, length and address must be multiples of `ALIGN`."""
@@ -280,7 +282,8 @@ class DiskFile(Closing):
         num_bytes = sum(extent.num_bytes for extent in extents)
         start_s = time.perf_counter()
         with _explained(self.path, "write to", num_bytes):
-            _drain(self._write_extent, extents, min(SCATTERED_IN_FLIGHT, len(extents)), self._stop)
+            left = self._together("write", extents)
+            _drain(self._write_extent, left, min(SCATTERED_IN_FLIGHT, len(left)), self._stop)
         self.counter.add_write(num_bytes, time.perf_counter() - start_s)
 
     def reserve(self, num_bytes: int) -> None:
@@ -328,6 +331,22 @@ class DiskFile(Closing):
                 f"{self.path} ends at byte {self.size}, but {num_bytes} bytes at {offset} are "
                 "needed. It was changed or cut since it was opened; fetch it again."
             )
+
+    def _together(self, kind: Literal["read", "write"], extents: list[_Extent]) -> list[_Extent]:
+        """Hand aligned extents to the kernel, many at a time; those that are left to do, or to do
+        again: threads know what to do with a failure."""
+        if not self.direct or len(extents) < _WORTH_A_QUEUE:
+            return extents
+        left: list[_Extent] = []
+        for first in range(0, len(extents), aio.DEPTH):
+            _check(self._stop)
+            some = extents[first : first + aio.DEPTH]
+            transfers = [aio.Transfer(one.offset, [view for _, view in one.pieces]) for one in some]
+            moved = aio.transfer(self._fd, kind, transfers)
+            if moved is None:
+                return extents
+            left += [one for one, n in zip(some, moved, strict=True) if n != one.num_bytes]
+        return left
 
     def _read_extent(self, extent: _Extent) -> None:
         if extent.is_aligned:

@@ -24,14 +24,14 @@ import torch
 from torch import Tensor
 
 from flexpipe.memory.disk import DiskFile
-from flexpipe.memory.tier import POISON, TierMemory, spoil, torch_dtype
+from flexpipe.memory.tier import POISON, Piece, TierMemory, copy_pieces, spoil, torch_dtype
 from flexpipe.plan.block import KV_PAGE, page_extents
 from flexpipe.plan.plan import Plan
 from flexpipe.plan.pools import NUM_KV_SLOTS, NUM_STAGES, PoolPlan
 from flexpipe.plan.tier import Tier
 from flexpipe.schedule.step import MicroBatch, Row
 
-Copy = Callable[[Tensor, Tensor], None]
+Copy = Callable[[Tensor, Tensor, Sequence[Piece]], None]  # to, from, pieces
 
 
 class Where(StrEnum):
@@ -115,58 +115,41 @@ class KvCache:
             offset = self._file_offset(batch.index, layer, rows[first].place)
             spans.append((offset, num_bytes, target[start : start + num_bytes].numpy()))
         self._disk.read_spans(spans)
-        for row in rows:
-            self._join_tail(batch.index, layer, row, target)
+        self._join_tails(batch.index, layer, rows, target)
         return sum(num_bytes for _, num_bytes, _ in spans)
 
     def load(
         self, batch: MicroBatch, layer: int, *, slot: int, stage: int | None, copy: Copy
     ) -> int:
         """LOAD_CACHE: what off-device rows have behind them, from host memory into a slot."""
-        target, total = self._slots[slot], 0
-        stride = self._stride(batch.index)
-        for tier, row in self._moving(batch):
-            num_bytes = row.num_context * self._token_bytes
-            if not num_bytes:
-                continue
-            source = self._host_row(batch.index, layer, tier, row, self._read_stages, stage)
-            start = self._slot_rank[batch.index][row.place] * stride
-            copy(target[start : start + num_bytes], source[:num_bytes])
-            total += num_bytes
-        return total
+        return self._cross(batch, layer, slot, self._read_stages, stage, copy, into_slot=True)
 
     def store(
         self, batch: MicroBatch, layer: int, *, slot: int, stage: int | None, copy: Copy
     ) -> int:
         """STORE_CACHE: new tokens from a slot to host memory."""
-        source, total = self._slots[slot], 0
-        stride = self._stride(batch.index)
-        for tier, row in self._moving(batch):
-            begin, end = self._new_bytes(row)
-            start = self._slot_rank[batch.index][row.place] * stride
-            target = self._host_row(batch.index, layer, tier, row, self._write_stages, stage)
-            copy(target[begin:end], source[start + begin : start + end])
-            total += end - begin
-        return total
+        return self._cross(batch, layer, slot, self._write_stages, stage, copy, into_slot=False)
 
     def write(self, batch: MicroBatch, layer: int, *, slot: int | None, stage: int | None) -> int:
         """WRITE_CACHE: pages that new tokens filled go to disk, the tail stays here."""
-        assert self._disk is not None
+        assert self._disk is not None and self._tails is not None
         source = self._disk_rows(batch.index, slot, self._write_stages, stage)
-        spans = []
-        for row in self._rows_at(batch, Tier.DISK):
+        rows = self._rows_at(batch, Tier.DISK)
+        if stage is not None:
+            self._join_tails(batch.index, layer, rows, source)
+        spans, tails = [], []
+        for row in rows:
             start = self._home_rank[batch.index][row.place] * self._stride(batch.index)
             begin, end = self._new_bytes(row)
             page, full = begin // KV_PAGE * KV_PAGE, end // KV_PAGE * KV_PAGE
-            if stage is not None:
-                self._join_tail(batch.index, layer, row, source)
             if full > page:
                 offset = self._file_offset(batch.index, layer, row.place) + page
                 pages = source[start + page : start + full].numpy()
                 spans.append((offset, full - page, pages))
-            tail = self._tail(batch.index, layer, row.place)
             keep = max(page, full)
-            tail[: end - keep].copy_(source[start + keep : start + end])
+            tail = self._tail_offset(batch.index, layer, row.place)
+            tails.append(Piece(tail, start + keep, end - keep))
+        copy_pieces(self._tails, source, tails)
         self._disk.write_spans(spans)
         return sum(num_bytes for _, num_bytes, _ in spans)
 
@@ -257,25 +240,46 @@ class KvCache:
     def _home_row(self, mb: int, layer: int, tier: Tier, place: int) -> Tensor:
         home = self._homes[tier]
         assert home is not None
-        num_bytes = self._plan.micro_batches[mb].region_bytes(tier, self._token_bytes)
-        start = self._home_offset(mb, layer, tier) + self._home_rank[mb][place] * num_bytes
-        return home[start : start + num_bytes]
+        start = self._row_offset(mb, layer, tier, place)
+        return home[
+            start : start + self._plan.micro_batches[mb].region_bytes(tier, self._token_bytes)
+        ]
 
-    def _host_row(
+    def _row_offset(self, mb: int, layer: int, tier: Tier, place: int) -> int:
+        num_bytes = self._plan.micro_batches[mb].region_bytes(tier, self._token_bytes)
+        return self._home_offset(mb, layer, tier) + self._home_rank[mb][place] * num_bytes
+
+    def _cross(
         self,
-        mb: int,
+        batch: MicroBatch,
         layer: int,
-        tier: Tier,
-        row: Row,
+        slot: int,
         stages: Sequence[Tensor],
         stage: int | None,
-    ) -> Tensor:
-        """A row's bytes in host memory: at home, or on a stage to or from the disk."""
-        if tier == Tier.CPU:
-            return self._home_row(mb, layer, tier, row.place)
-        assert stage is not None
-        start = self._home_rank[mb][row.place] * self._stride(mb)
-        return stages[stage][start : start + self._stride(mb)]
+        copy: Copy,
+        *,
+        into_slot: bool,
+    ) -> int:
+        """Between a slot and host memory: rows at home there, and disk rows on their stage. What
+        rows have behind them goes into the slot, what is new comes out of it. Bytes moved."""
+        mb, stride = batch.index, self._stride(batch.index)
+        pieces: dict[Tier, list[Piece]] = {Tier.CPU: [], Tier.DISK: []}
+        for tier, row in self._moving(batch):
+            in_slot = self._slot_rank[mb][row.place] * stride
+            if tier == Tier.CPU:
+                at_home = self._row_offset(mb, layer, tier, row.place)
+            else:
+                at_home = self._home_rank[mb][row.place] * stride
+            begin, end = (0, self._new_bytes(row)[0]) if into_slot else self._new_bytes(row)
+            ends = (in_slot, at_home) if into_slot else (at_home, in_slot)
+            if end > begin:
+                pieces[tier].append(Piece(ends[0] + begin, ends[1] + begin, end - begin))
+        for tier, some in pieces.items():
+            if some:
+                host = self._homes[tier] if tier == Tier.CPU else stages[stage or 0]
+                assert host is not None
+                copy(*((self._slots[slot], host) if into_slot else (host, self._slots[slot])), some)
+        return sum(piece.num_bytes for some in pieces.values() for piece in some)
 
     def _disk_rows(
         self, mb: int, slot: int | None, stages: Sequence[Tensor], stage: int | None
@@ -300,17 +304,20 @@ class KvCache:
         full = [row.num_context * self._token_bytes // KV_PAGE * KV_PAGE for row in rows]
         return page_extents(ranks, full, stride)
 
-    def _tail(self, mb: int, layer: int, place: int) -> Tensor:
-        assert self._tails is not None
-        index = self._layer_rank[layer] * len(self._disk_ranks) + self._disk_ranks[mb, place]
-        return self._tails[index * KV_PAGE : (index + 1) * KV_PAGE]
+    def _tail_offset(self, mb: int, layer: int, place: int) -> int:
+        rank = self._layer_rank[layer] * len(self._disk_ranks) + self._disk_ranks[mb, place]
+        return rank * KV_PAGE
 
-    def _join_tail(self, mb: int, layer: int, row: Row, target: Tensor) -> None:
-        """Put the bytes that wait in host memory behind the whole pages of a row."""
-        end = row.num_context * self._token_bytes
-        page = end // KV_PAGE * KV_PAGE
-        start = self._home_rank[mb][row.place] * self._stride(mb)
-        target[start + page : start + end].copy_(self._tail(mb, layer, row.place)[: end - page])
+    def _join_tails(self, mb: int, layer: int, rows: Sequence[Row], target: Tensor) -> None:
+        """Put the bytes that wait in host memory behind the whole pages of each row."""
+        assert self._tails is not None
+        pieces = []
+        for row in rows:
+            end = row.num_context * self._token_bytes
+            page = end // KV_PAGE * KV_PAGE
+            start = self._home_rank[mb][row.place] * self._stride(mb)
+            pieces.append(Piece(start + page, self._tail_offset(mb, layer, row.place), end - page))
+        copy_pieces(target, self._tails, pieces)
 
 
 def _runs(where: Where, placed: Sequence[tuple[int, Row]]) -> Iterator[RowRun]:

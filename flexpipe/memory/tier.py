@@ -11,8 +11,10 @@ import contextlib
 import ctypes
 import logging
 import mmap
-from collections.abc import Sequence
-from typing import Any
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +28,19 @@ _MADV_POPULATE_WRITE = 23  # Linux 5.14; touches pages without a fault for each
 _CUDA_HOST_REGISTER_PORTABLE = 1
 POISON = 0x3C  # what tests fill a slot with: every byte of it, a finite number in any dtype
 
+_POPULATING, _PART_BYTES = 4, 16 << 20  # threads that touch pages, the least that one is given
+_HUGE = 2 << 20
+_AT_ONCE = 128 << 10  # bytes that are copied before any lane misses the interpreter
+
 log = logging.getLogger("flexpipe")
+
+
+class Piece(NamedTuple):
+    """Bytes to copy: where they go in one slab, where they are in the other, how many."""
+
+    target: int
+    source: int
+    num_bytes: int
 
 
 class TierMemory:
@@ -141,14 +155,49 @@ def populated(num_bytes: int, what: str) -> Tensor:
 
 
 def _populate(slab: Tensor) -> None:
-    """Make the pages resident now, so that no page fault and no surprise is left for later."""
+    """Make the pages resident now, so that no page fault and no surprise is left for later.
+
+    Several threads at once: zeroing is one thread's 10 GB/s at best, and a virtual machine's host
+    may give pages at 0.3 GB/s to each that asks.
+    """
+    step = max(_PART_BYTES, -(-slab.numel() // _POPULATING // _HUGE) * _HUGE)
+    parts = [slab[first : first + step] for first in range(0, max(1, slab.numel()), step)]
+    if len(parts) == 1:
+        _populate_part(slab)
+        return
+    together = threading.Barrier(len(parts))  # a thread cannot be made while another one populates
+    with ThreadPoolExecutor(len(parts), "flexpipe-populate", together.wait) as threads:
+        list(threads.map(_populate_part, parts))
+
+
+def _populate_part(part: Tensor) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    start = slab.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    start = part.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
     with contextlib.suppress(AttributeError):
         if libc.madvise(
-            ctypes.c_void_p(start), ctypes.c_size_t(slab.numel()), _MADV_POPULATE_WRITE
+            ctypes.c_void_p(start), ctypes.c_size_t(part.numel()), _MADV_POPULATE_WRITE
         ):
-            slab.zero_()
+            part.zero_()
+
+
+def copy_pieces(target: Tensor, source: Tensor, pieces: Iterable[Piece]) -> None:
+    """Copy pieces of one slab of host memory to another, both uint8; none may overlap.
+
+    Small ones go one after the other with the interpreter's lock held: a lane that gave it away for
+    each would wait for it longer than the copy takes, and all other lanes with it.
+    """
+    to, come_from = target.data_ptr(), source.data_ptr()
+    for piece in pieces:
+        if piece.num_bytes <= _AT_ONCE:
+            _memmove(to + piece.target, come_from + piece.source, piece.num_bytes)
+        else:
+            there = target[piece.target : piece.target + piece.num_bytes]
+            there.copy_(source[piece.source : piece.source + piece.num_bytes])
+
+
+_memmove = ctypes.PyDLL(None).memmove  # of those that hold the lock
+_memmove.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_memmove.restype = ctypes.c_void_p
 
 
 def typed(slab: Tensor, dtype: torch.dtype, shape: tuple[int, ...], offset: int = 0) -> Tensor:

@@ -39,7 +39,7 @@ from flexpipe.profiling.machine import (
     worthwhile_dtypes,
 )
 
-METHOD = 2
+METHOD = 3
 
 log = logging.getLogger("flexpipe")
 

@@ -8,6 +8,7 @@ memory under a budget of its own.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from flexpipe.errors import InputError
 from flexpipe.memory.link import Link
+from flexpipe.memory.tier import Piece, copy_pieces
 from flexpipe.plan.hardware import Emulation
 from flexpipe.plan.tier import Tier
 
@@ -66,6 +68,14 @@ class Device:
         if not pinned:
             self.synchronous.add(source.nbytes)
         target.copy_(source, non_blocking=pinned)
+
+    def copy_pieces(self, target: Tensor, source: Tensor, pieces: Sequence[Piece]) -> None:
+        """The same with pieces of two slabs."""
+        if not self.has_streams:
+            copy_pieces(target, source, pieces)
+            return
+        for at, start, num_bytes in pieces:
+            self.copy(target[at : at + num_bytes], source[start : start + num_bytes])
 
     def upload(self, index: Tensor) -> Tensor:
         """A small tensor of the host where the device can use it."""

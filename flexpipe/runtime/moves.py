@@ -72,7 +72,7 @@ class Moves:
             self._layer(op).decoder,
             slot=op.kv_slot,
             stage=op.stage_slot,
-            copy=self._device.copy,
+            copy=self._device.copy_pieces,
         )
         self._device.h2d.deliver(num_bytes, start)
 
@@ -84,7 +84,7 @@ class Moves:
             self._layer(op).decoder,
             slot=op.kv_slot,
             stage=op.stage_slot,
-            copy=self._device.copy,
+            copy=self._device.copy_pieces,
         )
         self._device.d2h.deliver(num_bytes, start)
 

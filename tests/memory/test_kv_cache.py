@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flexpipe.memory.disk import DiskFile
 from flexpipe.memory.kv_cache import KvCache, Where
-from flexpipe.memory.tier import TierMemory
+from flexpipe.memory.tier import TierMemory, copy_pieces
 from flexpipe.plan.block import KV_PAGE, Need
 from flexpipe.plan.plan import Plan
 from flexpipe.plan.policy import Shares
@@ -78,10 +78,10 @@ class Driver:
         if Tier.DISK in tiers:
             cache.read(batch, layer, slot=in_slot, stage=on_way)
         if plan.streams_to_device and tiers - {Tier.GPU}:
-            cache.load(batch, layer, slot=slot, stage=on_way, copy=Tensor.copy_)
+            cache.load(batch, layer, slot=slot, stage=on_way, copy=copy_pieces)
         self._compute(batch, layer, slot)
         if plan.streams_to_device and tiers - {Tier.GPU}:
-            cache.store(batch, layer, slot=slot, stage=on_way, copy=Tensor.copy_)
+            cache.store(batch, layer, slot=slot, stage=on_way, copy=copy_pieces)
             cache.poison(slot=slot)
         if Tier.DISK in tiers:
             cache.write(batch, layer, slot=in_slot, stage=on_way)
@@ -183,7 +183,7 @@ def test_a_compressed_cache_takes_and_moves_the_bytes_of_its_form(tmp_path, bits
         Driver(plan, cache).step(whole(0, 0, 350))
         batch, full = whole(0, 350, 3), 350 * token_bytes // KV_PAGE * KV_PAGE
         assert 2 * full <= cache.read(batch, 0, slot=None, stage=0) <= full + pages
-        moved = {"slot": 0, "stage": 0, "copy": Tensor.copy_}
+        moved = {"slot": 0, "stage": 0, "copy": copy_pieces}
         assert cache.load(batch, 0, **moved) == 3 * 350 * token_bytes
         assert cache.store(batch, 0, **moved) == 3 * 3 * token_bytes
 
@@ -201,8 +201,8 @@ def test_only_whole_pages_are_written_and_read(tmp_path):
         driver.step(whole(0, 0, TOKENS_PER_PAGE - 1))
         batch = whole(0, TOKENS_PER_PAGE - 1, 2)
         assert cache.read(batch, 0, slot=None, stage=0) == 0  # all of it waits in memory
-        assert cache.load(batch, 0, slot=0, stage=0, copy=Tensor.copy_) == 4 * 31 * 512
-        cache.store(batch, 0, slot=0, stage=0, copy=Tensor.copy_)
+        assert cache.load(batch, 0, slot=0, stage=0, copy=copy_pieces) == 4 * 31 * 512
+        cache.store(batch, 0, slot=0, stage=0, copy=copy_pieces)
         assert cache.write(batch, 0, slot=None, stage=0) == 4 * KV_PAGE
         assert cache.read(whole(0, TOKENS_PER_PAGE + 1, 1), 0, slot=None, stage=0) >= 4 * KV_PAGE
 
@@ -212,8 +212,8 @@ def test_only_new_tokens_travel_home():
     memory = TierMemory(torch.device("cpu"), pin=False)
     cache = KvCache(plan, memory, None)
     batch = whole(0, 100, 1)
-    assert cache.load(batch, 1, slot=0, stage=None, copy=Tensor.copy_) == 4 * 100 * 512
-    assert cache.store(batch, 1, slot=0, stage=None, copy=Tensor.copy_) == 4 * 512
+    assert cache.load(batch, 1, slot=0, stage=None, copy=copy_pieces) == 4 * 100 * 512
+    assert cache.store(batch, 1, slot=0, stage=None, copy=copy_pieces) == 4 * 512
 
 
 def test_rows_beside_the_device_are_used_in_place_and_the_others_in_the_slot():

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flexpipe.errors import PlanError
 from flexpipe.memory import tier
-from flexpipe.memory.tier import TierMemory
+from flexpipe.memory.tier import Piece, TierMemory, copy_pieces
 from flexpipe.plan.hardware import rss_bytes
 from flexpipe.plan.tier import Tier
 
@@ -119,3 +121,46 @@ def test_memory_that_the_system_refuses_is_a_plan_error_with_advice() -> None:
     memory = TierMemory(torch.device("cpu"), pin=False)
     with pytest.raises(PlanError, match=r"refused 64 TiB of memory for weights.*Lower --cpu-mem"):
         memory.take_on_host(1 << 46, "weights")
+
+
+# -- copying and touching -------------------------------------------------------------------------
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 5000), st.integers(0, 3 * tier._AT_ONCE)), min_size=1, max_size=8
+    )
+)
+def test_pieces_of_any_size_arrive_and_nothing_else_changes(
+    drawn: list[tuple[int, int]],
+) -> None:
+    """Gaps and sizes; in the other slab the pieces lie in reverse."""
+    sizes = [size for _, size in drawn]
+    source = torch.arange(sum(sizes) + 7, dtype=torch.int64).to(torch.uint8)
+    target = torch.full((sum(sizes) + sum(gap for gap, _ in drawn) + 1,), 77, dtype=torch.uint8)
+    expected, pieces = target.clone(), []
+    at, end = 0, sum(sizes)
+    for gap, size in drawn:
+        at, end = at + gap, end - size
+        pieces.append(Piece(at, end, size))
+        expected[at : at + size] = source[end : end + size]
+        at += size
+    copy_pieces(target, source, pieces)
+    assert torch.equal(target, expected)
+
+
+@pytest.mark.parametrize("num_bytes", [1, 5 * MIB, 17 * MIB, 64 * MIB + 12345])
+def test_memory_is_zeroed_and_there_however_it_is_parted(num_bytes: int) -> None:
+    before = rss_bytes()
+    slab = tier.populated(num_bytes, "a test")
+    assert slab.numel() == num_bytes and rss_bytes() - before > num_bytes - 2 * MIB
+    assert not slab.any()
+
+
+def test_where_the_system_cannot_populate_pages_are_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tier, "_MADV_POPULATE_WRITE", 9999)
+    before = rss_bytes()
+    slab = tier.populated(40 * MIB, "a test")
+    assert rss_bytes() - before > 38 * MIB and not slab.any()
