@@ -5,8 +5,8 @@ then run. The order keeps it honest, and the files in the directory given show i
 measured first, all predictions are written next, only then do jobs run, a warm-up and three
 repetitions of each, every one in a process of its own. Run again, it goes on where it ended.
 
-A third of the jobs, drawn by a seed, is held out: without --final they are neither run nor shown,
-so that what the others teach (--predict-again) can be judged by jobs that taught nothing.
+A third of the jobs, whose policies a seed draws, is held out: without --final they are neither run
+nor shown, so that what the others teach (--predict-again) can be judged by jobs that taught nothing.
 """
 
 from __future__ import annotations
