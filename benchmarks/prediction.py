@@ -6,7 +6,7 @@ measured first, all predictions are written next, only then do jobs run, a warm-
 repetitions of each, every one in a process of its own. Run again, it goes on where it ended.
 
 A third of the jobs, whose policies a seed draws, is held out: without --final they are neither run
-nor shown, so that what the others teach (--predict-again) can be judged by jobs that taught nothing.
+nor shown, so that what the others teach (--predict-again) is judged by jobs that taught nothing.
 """
 
 from __future__ import annotations
