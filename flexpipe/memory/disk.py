@@ -44,11 +44,12 @@ from flexpipe.closing import Closing
 from flexpipe.errors import RunError
 from flexpipe.memory import aio
 from flexpipe.memory.offload import OffloadDirectory as OffloadDirectory
+from flexpipe.plan.hardware import DISK_QUEUE_BYTES
 from flexpipe.units import format_bytes
 
 ALIGN = 4096
-CHUNK_BYTES = 8 << 20
 IN_FLIGHT = 2
+CHUNK_BYTES = DISK_QUEUE_BYTES // IN_FLIGHT
 BOUNCE_CHUNK_BYTES = 2 << 20
 SCATTERED_IN_FLIGHT = 8
 BOUNCE_BYTES = BOUNCE_CHUNK_BYTES * SCATTERED_IN_FLIGHT  # what a process holds for unaligned reads
@@ -208,7 +209,8 @@ class DiskFile(Closing):
         assert _is_aligned(view, offset)
         self._check_range(offset, needed)
         wanted = min(view.nbytes, max(0, self.size - offset))
-        with self._timed_read(wanted):
+        start_s = time.perf_counter()
+        with _explained(self.path, "read"):
             _drain(
                 lambda start: self._read_exactly(
                     view[start : start + CHUNK_BYTES],
@@ -219,6 +221,7 @@ class DiskFile(Closing):
                 min(IN_FLIGHT, -(-wanted // CHUNK_BYTES)),
                 self._stop,
             )
+        self.counter.add_read(wanted, time.perf_counter() - start_s)
         return wanted
 
     def read_into(self, out: Buffer, offset: int) -> None:
@@ -247,13 +250,16 @@ class DiskFile(Closing):
         Neighbours are read as one extent, without a bounce buffer where all of them are aligned.
         """
         pieces = _pieces(spans)
-        for offset, view in pieces:
-            self._check_range(offset, view.nbytes)
+        self._check_range(*max(((at, view.nbytes) for at, view in pieces), key=sum, default=(0, 0)))
         aligned = all(_is_aligned(view, offset) for offset, view in pieces)
-        extents = _coalesce(pieces, max_gap=0 if aligned else SPAN_GAP_BYTES)
-        with self._timed_read(sum(extent.num_bytes for extent in extents)):
-            left = self._together("read", extents) if aligned else extents
-            _drain(self._read_extent, left, min(SCATTERED_IN_FLIGHT, len(left)), self._stop)
+        num_bytes, start_s = sum(view.nbytes for _, view in pieces), time.perf_counter()
+        with _explained(self.path, "read"):
+            if not (aligned and self._together("read", pieces)):
+                extents = _coalesce(pieces, max_gap=0 if aligned else SPAN_GAP_BYTES)
+                num_bytes = sum(extent.num_bytes for extent in extents)
+                in_flight = min(SCATTERED_IN_FLIGHT, len(extents))
+                _drain(self._read_extent, extents, in_flight, self._stop)
+        self.counter.add_read(num_bytes, time.perf_counter() - start_s)
 
     def write(self, buffer: Buffer, offset: int) -> None:
         """Write all of `buffer`; offset, length and address must be multiples of `ALIGN`."""
@@ -278,12 +284,12 @@ class DiskFile(Closing):
         """
         pieces = _pieces(spans)
         assert all(_is_aligned(view, offset) for offset, view in pieces)
-        extents = _coalesce(pieces, max_gap=0)
-        num_bytes = sum(extent.num_bytes for extent in extents)
-        start_s = time.perf_counter()
+        num_bytes, start_s = sum(view.nbytes for _, view in pieces), time.perf_counter()
         with _explained(self.path, "write to", num_bytes):
-            left = self._together("write", extents)
-            _drain(self._write_extent, left, min(SCATTERED_IN_FLIGHT, len(left)), self._stop)
+            if not self._together("write", pieces):
+                extents = _coalesce(pieces, max_gap=0)
+                in_flight = min(SCATTERED_IN_FLIGHT, len(extents))
+                _drain(self._write_extent, extents, in_flight, self._stop)
         self.counter.add_write(num_bytes, time.perf_counter() - start_s)
 
     def reserve(self, num_bytes: int) -> None:
@@ -318,13 +324,6 @@ class DiskFile(Closing):
         if fd >= 0:
             os.close(fd)
 
-    @contextlib.contextmanager
-    def _timed_read(self, num_bytes: int) -> Iterator[None]:
-        start_s = time.perf_counter()
-        with _explained(self.path, "read"):
-            yield
-        self.counter.add_read(num_bytes, time.perf_counter() - start_s)
-
     def _check_range(self, offset: int, num_bytes: int) -> None:
         if offset + num_bytes > self.size:
             raise RunError(
@@ -332,21 +331,15 @@ class DiskFile(Closing):
                 "needed. It was changed or cut since it was opened; fetch it again."
             )
 
-    def _together(self, kind: Literal["read", "write"], extents: list[_Extent]) -> list[_Extent]:
-        """Hand aligned extents to the kernel, many at a time; those that are left to do, or to do
-        again: threads know what to do with a failure."""
-        if not self.direct or len(extents) < _WORTH_A_QUEUE:
-            return extents
-        left: list[_Extent] = []
-        for first in range(0, len(extents), aio.DEPTH):
-            _check(self._stop)
-            some = extents[first : first + aio.DEPTH]
-            transfers = [aio.Transfer(one.offset, [view for _, view in one.pieces]) for one in some]
-            moved = aio.transfer(self._fd, kind, transfers)
-            if moved is None:
-                return extents
-            left += [one for one, n in zip(some, moved, strict=True) if n != one.num_bytes]
-        return left
+    def _together(
+        self, kind: Literal["read", "write"], pieces: Sequence[tuple[int, _Bytes]]
+    ) -> bool:
+        """Hand aligned pieces to the kernel, many at a time; False if threads are to do it, or to
+        do it again: they know what to do with a failure."""
+        if not self.direct or len(pieces) < _WORTH_A_QUEUE:
+            return False
+        spans = [aio.Span(offset, view.nbytes, _address(view)) for offset, view in pieces]
+        return bool(aio.transfer(self._fd, kind, spans, lambda: _check(self._stop)))
 
     def _read_extent(self, extent: _Extent) -> None:
         if extent.is_aligned:
@@ -472,6 +465,9 @@ def _drain(
                 failed.set()
                 raise
 
+    if in_flight <= 1:
+        serve()
+        return
     helpers = [_helpers().submit(serve) for _ in range(in_flight - 1)]
     try:
         serve()

@@ -109,11 +109,11 @@ class KvCache:
         assert self._disk is not None
         target = self._disk_rows(batch.index, slot, self._read_stages, stage)
         rows = [row for row in self._rows_at(batch, Tier.DISK) if row.num_context]
-        spans = []
+        place, spans = target.numpy(), []
         for first, num_bytes in self._extents(batch, rows):
             start = self._home_rank[batch.index][rows[first].place] * self._stride(batch.index)
             offset = self._file_offset(batch.index, layer, rows[first].place)
-            spans.append((offset, num_bytes, target[start : start + num_bytes].numpy()))
+            spans.append((offset, num_bytes, place[start : start + num_bytes]))
         self._disk.read_spans(spans)
         self._join_tails(batch.index, layer, rows, target)
         return sum(num_bytes for _, num_bytes, _ in spans)

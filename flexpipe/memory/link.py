@@ -1,8 +1,8 @@
 """Links: what bytes cross them, and how fast they may.
 
 A real link only counts. An emulated one is a clock of its own: a move copies its bytes and is done
-no sooner than bytes ÷ bandwidth after the link was free. Lanes on one link take turns, so that a
-short move does not wait for the whole of a long one.
+no sooner than bytes ÷ bandwidth after the link was free. Lanes on one link take turns of
+`EMULATED_TURN_S`, so that a short move does not wait for the whole of a long one.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 
-_TURN_S = 1e-3  # what a move may use of an emulated link before others get their turn
+from flexpipe.plan.hardware import EMULATED_TURN_S
 
 
 class Link:
@@ -33,7 +33,7 @@ class Link:
 
     def _take_turns(self, left_s: float, done_at: float) -> None:
         while left_s > 0 and not self._stop.is_set():
-            turn_s = min(left_s, _TURN_S)
+            turn_s = min(left_s, EMULATED_TURN_S)
             with self._lock:
                 self._free_at = done_at = max(self._free_at, done_at) + turn_s
             wait_until(done_at, self._stop)

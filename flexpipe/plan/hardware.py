@@ -21,6 +21,9 @@ from flexpipe.errors import InputError
 from flexpipe.units import format_bytes, parse_bytes, parse_flops, parse_rate
 
 ROOT = Path("/")
+# what a transfer has in flight, and others on its device wait for
+DISK_QUEUE_BYTES = 16 << 20
+EMULATED_TURN_S = 1e-3
 # v1 says "no limit" with the largest multiple of a page that fits a signed 64-bit number
 _V1_NO_LIMIT = 2**62
 

@@ -50,6 +50,13 @@ class ComputeCost:
             return self._head_s(op, layer, shape)
         return self._decoder_s(op, layer, shape)
 
+    def calls_s(self, op: Op) -> float:
+        """What of a COMPUTE is calls beside the work in them."""
+        layer = self._plan.layers[op.layer]
+        if layer.kind in (LayerKind.EMBED, LayerKind.HEAD) or not pieces_of(layer, op.segment):
+            return self._profile.overhead("other")
+        return self._layer_overhead_s(layer, op.segment)
+
     def attend_cpu_s(self, op: Op, shape: Shape) -> float:
         """Attention beside an accelerator, new keys and values appended."""
         rates, attention = self._profile.on_host, shape.on_cpu[self._window(op)]

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import cached_property
 
-from flexpipe.plan.hardware import Emulation
+from flexpipe.plan.hardware import DISK_QUEUE_BYTES, EMULATED_TURN_S, Emulation
 from flexpipe.plan.layer import LayerKind, LayerPlan
 from flexpipe.plan.layout import ALIGN, round_up
 from flexpipe.plan.plan import Plan
@@ -158,26 +158,44 @@ class CostModel:
     # moves
 
     def _move(self, link: str, num_bytes: int, pieces: int = 1) -> Cost:
-        overhead = self.profile.overhead("move")
-        overhead += max(0, pieces - 1) * self.profile.overhead("copy")
-        return self._over(link, num_bytes, overhead + self._link_s(link, num_bytes, pieces), "copy")
+        calls_s = self._calls_s(pieces)
+        work = calls_s + self._link_s(link, num_bytes, pieces)
+        return self._over(link, num_bytes, work, "copy", calls_s)
+
+    def _calls_s(self, pieces: int) -> float:
+        overhead = self.profile.overhead
+        return overhead("move") + max(0, pieces - 1) * overhead("copy")
 
     def _disk(self, link: str, num_bytes: int, extents: int = 1) -> Cost:
         """Pieces are in flight together: their latencies bound them, or their bytes."""
         kind = link.removeprefix("disk_")
         latency = self.profile.overhead(kind)
         latency += max(0, extents - 1) * self.profile.overhead(f"{kind}_span")
-        return self._over(link, num_bytes, max(latency, self._link_s(link, num_bytes)), link)
+        work = max(latency, self._link_s(link, num_bytes))
+        in_flight_s = work * min(1.0, DISK_QUEUE_BYTES / max(1, num_bytes))
+        return self._over(link, num_bytes, work, link, self._calls_s(extents), in_flight_s)
 
     def _link_s(self, link: str, num_bytes: int, pieces: int = 1) -> float:
         curve = self._link(link)
         return curve.seconds(num_bytes, max(num_bytes / max(1, pieces), 1.0)) if curve else 0.0
 
-    def _over(self, link: str, num_bytes: int, work: float, activity: str) -> Cost:
+    def _over(
+        self,
+        link: str,
+        num_bytes: int,
+        work: float,
+        activity: str,
+        calls_s: float,
+        in_flight_s: float = 0.0,
+    ) -> Cost:
         """Bytes over a link; an emulated one takes its own time where that is longer."""
         rate = getattr(self.emulation, f"{link}_bytes_per_s") if self.emulation else None
         seconds = max(work, num_bytes / rate) if rate else work
-        return Cost(seconds, activity, work / seconds if seconds else 1.0, link, num_bytes)
+        if rate:
+            in_flight_s = min(seconds, EMULATED_TURN_S)
+        duty = work / seconds if seconds else 1.0
+        calls = _share(calls_s, seconds)
+        return Cost(seconds, activity, duty, link, num_bytes, in_flight_s, calls)
 
     def _link(self, name: str) -> Curve | None:
         """A host link's rate depends on whether the host's side is page-locked."""
@@ -283,7 +301,8 @@ class CostModel:
         rate = self.emulation.flops_per_s if self.emulation else None
         seconds = max(work, self._flops(op) / rate) if rate else work
         rows = self._shape(op).num_new
-        return Cost(seconds, self.profile.computing(rows), work / seconds)
+        calls = _share(self._computing.calls_s(op), seconds)
+        return Cost(seconds, self.profile.computing(rows), work / seconds, calls=calls)
 
     def _flops(self, op: Op) -> int:
         shape = self._shape(op)
@@ -306,10 +325,15 @@ class CostModel:
     def _commit(self, op: Op) -> Cost:
         rows = self._shape(op).num_rows
         overhead = self.profile.overhead
-        return Cost(overhead("commit") + rows * overhead("commit_row"))
+        return Cost(overhead("commit") + rows * overhead("commit_row"), calls=1.0)
 
     # lookups
 
     def _shape(self, op: Op) -> Shape:
         assert op.batch is not None
         return self.shape(op.batch)
+
+
+def _share(part_s: float, seconds: float) -> float:
+    """Of an op's time, in steps of a hundredth: how ops disturb each other is kept by it."""
+    return round(min(1.0, part_s / seconds), 2) if seconds else 0.0

@@ -37,7 +37,7 @@ PROFILES = Path("~/.cache/flexpipe/profiles")  # the measured ones, a file per m
 PROFILE_VARIABLE = "FLEXPIPE_PROFILE"  # names the one to use instead
 
 LINKS = ("h2d", "d2h", "disk_read", "disk_write", "comm")  # the last one to another rank
-ACTIVITIES = ("compute", "compute_few", "attend", "copy", "disk_read", "disk_write")
+ACTIVITIES = ("compute", "compute_few", "attend", "copy", "disk_read", "disk_write", "calls")
 FEW_ROWS = 24  # with fewer a product waits for its weight, and so for memory
 NARROW_HEAD = 64  # heads up to this attend to prompts at rates of their own
 OVERHEADS = (
@@ -101,8 +101,9 @@ class Profile:
     are further measurements for people (buffered reads, other depths), which the cost model
     does not read but for `h2d_pageable` and `d2h_pageable`, where host memory is not page-
     locked. `slowdown["compute", "disk_read"]` is how much longer compute takes while the disk
-    is read, "compute_few" what does with fewer than `FEW_ROWS` rows, where that is known apart; a
-    pair that is absent does not disturb. `load` is numbers per second that loading
+    is read, "compute_few" what does with fewer than `FEW_ROWS` rows, where that is known apart,
+    "calls" what lanes do beside their work, in the one interpreter that they share; a pair that is
+    absent does not disturb. `load` is numbers per second that loading
     converts and packs, per dtype at home, and bytes per second of "pools" taken. `machine` and
     `mount` say where it was measured.
     """

@@ -36,12 +36,13 @@ from flexpipe.profiling.attention import PAIR_BYTES, AttentionTasks
 from flexpipe.profiling.effort import FULL, QUICK, Effort
 from flexpipe.profiling.links import DiskTasks, copy_tasks
 from flexpipe.profiling.messages import message_tasks
-from flexpipe.profiling.overhead import op_times, overheads
+from flexpipe.profiling.overhead import calls_beside_calls, op_times, overheads
 from flexpipe.profiling.products import PAIR_ROWS, ProductTasks
 from flexpipe.profiling.slowdown import slowdowns
 from flexpipe.profiling.stopwatch import Rated, Stopwatch, Task, TaskSource, rate_all
 from flexpipe.runtime.device import Device, open_device
 from flexpipe.runtime.usable import usable_memory
+from flexpipe.schedule.simulate import CALLS
 from flexpipe.units import MIB
 
 CPU = torch.device("cpu")
@@ -94,7 +95,7 @@ def measure_profile(
         compute=_rates(rates),
         host=host,
         overhead_s={name: overhead_s[name] for name in OVERHEADS},
-        slowdown=slowdown,
+        slowdown={**slowdown, CALLS: calls_beside_calls(tries)},
         load={**_flat(rates, "load"), "pools": first["pools"]},
         details=_curves(links, "details"),
         threads=torch.get_num_threads(),

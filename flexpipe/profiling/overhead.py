@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from flexpipe.memory.dummy import dummy_tensors
 from flexpipe.model.families import read_config
 from flexpipe.plan.block import Need
@@ -27,7 +29,7 @@ from flexpipe.runtime.device import open_device
 from flexpipe.runtime.executor import execute
 from flexpipe.runtime.record import Recorder, Span
 from flexpipe.runtime.stage import SampledToken, Stage
-from flexpipe.schedule.op import Kind
+from flexpipe.schedule.op import Kind, Lane
 from flexpipe.schedule.step import MicroBatch, Row
 
 MANY_ROWS = 32
@@ -77,6 +79,8 @@ def op_times(device: str, directory: Path, num_steps: int) -> dict[str, float]:
         "hop": moving.hop_s(),
         "commit": one.commit_s(),
         "commit_many": many.commit_s(),
+        "calls": moving.median_s(moving.is_layer) / one.median_s(one.is_layer),
+        "beside": moving.beside_layers(),
         "move": moving.median_s(_is_move),
         "move_many": moving_many.median_s(_is_move),
     }
@@ -101,6 +105,14 @@ def overheads(tries: Sequence[Mapping[str, float]]) -> dict[str, float]:
         "commit": max(0.0, commit_s - least["hop"] - least["layer"]),
         "commit_row": row_s,
     }
+
+
+def calls_beside_calls(tries: Sequence[Mapping[str, float]]) -> float:
+    """How much longer a lane's calls take while another lane makes calls all the time.
+
+    Computing a layer is nothing but calls here, and so is what moves beside it, for a part of its
+    time."""
+    return max(1.0, min(1 + (one["calls"] - 1) / one["beside"] for one in tries if one["beside"]))
 
 
 def _split(one_s: float, many_s: float) -> tuple[float, float]:
@@ -199,6 +211,18 @@ class _Run:
 
     def is_other(self, span: Span) -> bool:
         return span.op.kind in _OTHER or (span.op.kind == Kind.COMPUTE and not self.is_layer(span))
+
+    def beside_layers(self) -> float:
+        """Lanes at work beside a layer's computing, on the mean."""
+        layers = sorted((s.start_s, s.end_s) for s in self.spans.values() if self.is_layer(s))
+        others = [s for s in self.spans.values() if s.op.lane != Lane.COMPUTE]
+        starts = np.array([start for start, _ in layers])
+        ends = np.array([end for _, end in layers])
+        both_s = sum(
+            float((np.minimum(ends, one.end_s) - np.maximum(starts, one.start_s)).clip(0).sum())
+            for one in others
+        )
+        return both_s / float((ends - starts).sum())
 
     def hop_s(self) -> float:
         """From an op's end to the start of one that waited for it, and for nothing else, on

@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from typing import NamedTuple
 
 from flexpipe.schedule.op import LANE_OF, Kind, Lane, Op
 from flexpipe.schedule.step import MicroBatch
@@ -34,7 +35,9 @@ class Cost:
 
     `duty` is the share of its time in which it occupies what `activity` names, for slowdowns; an
     op that mostly waits for its link neither disturbs nor is disturbed. `link` is shared evenly by
-    the ops on it.
+    the ops on it, but one that comes waits for what another has in flight: `in_flight_s` of it.
+    `calls` is the share of its time that goes into calls; those of all lanes come from one
+    interpreter and slow each other down as the pair ("calls", "calls") says.
     """
 
     seconds: float
@@ -42,6 +45,30 @@ class Cost:
     duty: float = 1.0
     link: str = ""
     num_bytes: int = 0
+    in_flight_s: float = 0.0
+    calls: float = 0.0
+
+    @property
+    def device(self) -> str:
+        """What serves the link: reads and writes are one disk's."""
+        return self.link.partition("_")[0]
+
+    @property
+    def manner(self) -> Manner:
+        return Manner(self.activity, self.link, self.duty, self.calls)
+
+
+class Manner(NamedTuple):
+    """What of a cost decides how ops that run together slow each other down."""
+
+    activity: str = ""
+    link: str = ""
+    duty: float = 0.0
+    calls: float = 0.0
+
+
+_IDLE = Manner()
+CALLS = ("calls", "calls")
 
 
 CostOf = Callable[[Op], Cost]
@@ -195,7 +222,7 @@ class _Rank:
         self._running: dict[Lane, _Running] = {}
         self._is_blocked = False  # until the next COMMIT, or news of one
         self._step_s = _NEVER  # to the next moment at which an op begins or ends
-        self._speeds: dict[tuple[tuple[str, str, float], ...], tuple[float, ...]] = {}
+        self._speeds: dict[tuple[Manner, ...], tuple[float, ...]] = {}
 
     @property
     def next_s(self) -> float:
@@ -260,18 +287,29 @@ class _Rank:
             if ready and lane not in self._running:
                 _, op, since_s = heappop(ready)
                 cost = self._cost_of(op)
-                hop_s = max(0.0, since_s + self._hop_s - self.now_s)
+                hop_s = max(0.0, since_s + self._hop_s - self.now_s) + self._queue_s(cost)
                 start_s = self.now_s + hop_s
                 self._running[lane] = _Running(op, cost, hop_s, cost.seconds, start_s)
+
+    def _queue_s(self, cost: Cost) -> float:
+        """What the op waits for in the queue of its device, which is half of what another one has
+        put there: that is filled again and again, and an op comes at any moment."""
+        if not cost.link:
+            return 0.0
+        return max(
+            (
+                min(one.left_s, one.cost.in_flight_s) / 2
+                for one in self._running.values()
+                if one.hop_s <= 0 and one.cost.device == cost.device
+            ),
+            default=0.0,
+        )
 
     def _settle(self) -> None:
         """Each running op's speed beside the others, and when the next one begins or ends."""
         self._meet()
         running = self._running.values()
-        key = tuple(
-            ("", "", 0.0) if one.hop_s > 0 else (one.cost.activity, one.cost.link, one.cost.duty)
-            for one in running
-        )
+        key = tuple(_IDLE if one.hop_s > 0 else one.cost.manner for one in running)
         speeds = self._speeds.get(key)
         if speeds is None:
             speeds = self._speeds[key] = tuple(self._speed(key, i) for i in range(len(key)))
@@ -290,14 +328,15 @@ class _Rank:
                 if edge.begin(lane, self.now_s):
                     one.hop_s = 0.0
 
-    def _speed(self, key: tuple[tuple[str, str, float], ...], index: int) -> float:
-        activity, link, duty = key[index]
-        sharing = sum(other[1] == link for other in key) if link else 1
-        factor = 1.0
-        for other, (beside, _, part) in enumerate(key):
-            if other != index and activity and beside:
-                factor *= 1 + (self._slowdown.get((activity, beside), 1.0) - 1) * part
-        return 1 / (sharing * max(1.0, duty * factor))
+    def _speed(self, key: tuple[Manner, ...], index: int) -> float:
+        own = key[index]
+        sharing = sum(other.link == own.link for other in key) if own.link else 1
+        factor, waiting = 1.0, self._slowdown.get(CALLS, 1.0) - 1
+        for place, other in enumerate(key):
+            if place != index:
+                disturbed = self._slowdown.get((own.activity, other.activity), 1.0) - 1
+                factor *= 1 + disturbed * other.duty + waiting * own.calls * other.calls
+        return 1 / (sharing * max(1.0, own.duty * factor))
 
     def _move(self, step_s: float) -> None:
         """So much time passes, in which no op ends."""

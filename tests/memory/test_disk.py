@@ -170,7 +170,7 @@ def test_spans_that_transfer_short_are_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads, writes = os.preadv, os.pwritev
-    monkeypatch.setattr(aio, "transfer", lambda fd, kind, transfers: None)
+    monkeypatch.setattr(aio, "transfer", lambda fd, kind, spans, check: None)
     monkeypatch.setattr(os, "preadv", lambda fd, views, at: reads(fd, views[:1], at))
     monkeypatch.setattr(os, "pwritev", lambda fd, views, at: writes(fd, views[:1], at))
     source, back = aligned_buffer(4 * ALIGN), aligned_buffer(4 * ALIGN)
