@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from flexpipe.errors import PolicyError
 from flexpipe.model.cost import attend_flops, decoder_flops, num_attended
-from flexpipe.plan.hardware import Emulation
+from flexpipe.plan.hardware import DISK_QUEUE_BYTES, EMULATED_TURN_S, Emulation
+from flexpipe.plan.layer import LayerKind
 from flexpipe.plan.plan import Plan
 from flexpipe.plan.policy import Shares
 from flexpipe.plan.tier import Tier
@@ -73,6 +74,33 @@ def test_an_emulated_link_takes_its_own_time_and_copies_in_part_of_it():
     assert behind.seconds == pytest.approx(behind.num_bytes / 1e9)
     assert behind.duty == pytest.approx(0.1)  # the copy itself runs at 10 GB/s
     assert (ahead.seconds, ahead.duty) == (pytest.approx(ahead.num_bytes / 1e10), 1.0)
+
+
+def test_a_transfer_has_no_more_in_flight_than_its_device_takes():
+    plan = plan_on(Tier.CPU, weights=Shares(disk=1.0))
+    ((read, cost), *_) = costs(plan, Kind.READ_WEIGHT, CostModel(plan, machine()))
+    assert plan.layers[read.layer].streamed.read_bytes < DISK_QUEUE_BYTES
+    assert cost.in_flight_s == cost.seconds
+    slow = Emulation(disk_read_bytes_per_s=1e5)
+    ((_, cost), *_) = costs(plan, Kind.READ_WEIGHT, CostModel(plan, machine(), slow))
+    assert cost.seconds > cost.in_flight_s == EMULATED_TURN_S
+    ((_, cost), *_) = costs(
+        plan_on(Tier.GPU, **OFF_DEVICE), Kind.LOAD_WEIGHT, CostModel(plan, machine())
+    )
+    assert cost.in_flight_s == 0.0  # of a real link nothing is known
+
+
+def test_what_an_op_costs_beside_its_work_is_calls():
+    plan = plan_on(Tier.GPU, **OFF_DEVICE)
+    model = CostModel(plan, machine(overhead_s=OVERHEADS))
+    ((_, cost), *_) = costs(plan, Kind.STORE_CACHE, model)  # of two rows
+    expected = (OVERHEADS["move"] + OVERHEADS["copy"]) / cost.seconds
+    assert cost.calls == pytest.approx(expected, abs=0.01)
+    for op, cost in costs(plan, Kind.COMPUTE, model):
+        if plan.layers[op.layer].kind == LayerKind.DECODER:
+            assert cost.calls == pytest.approx(OVERHEADS["layer"] / cost.seconds, abs=0.01)
+    ((_, cost),) = costs(plan, Kind.COMMIT, model)
+    assert cost.calls == 1.0
 
 
 @given(data=st.data(), faster=st.floats(1.0, 100.0))

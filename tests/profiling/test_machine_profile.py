@@ -34,9 +34,11 @@ from flexpipe.profiling.cache import (
 )
 from flexpipe.profiling.effort import FULL, QUICK, Effort
 from flexpipe.profiling.machine import machine_id, measure_profile, with_dtypes
+from flexpipe.profiling.overhead import calls_beside_calls
 from flexpipe.profiling.products import ProductTasks
 from flexpipe.profiling.slowdown import slowdowns
 from flexpipe.profiling.stopwatch import Rated, Stopwatch, Task, TaskSource, rate_all
+from flexpipe.schedule.simulate import CALLS
 from flexpipe.units import MIB
 
 KIB = 1024
@@ -68,9 +70,8 @@ def test_a_real_measurement_has_all_that_a_prediction_reads(tmp_path: Path) -> N
     assert all(seconds >= 0 for seconds in made.overhead_s.values())
     assert set(made.memory) == {Tier.CPU, Tier.DISK}
     assert all(factor >= 1 for factor in made.slowdown.values())
-    assert {("compute", "disk_read"), ("disk_read", "compute"), ("attend", "copy")} <= set(
-        made.slowdown
-    )
+    pairs = {("compute", "disk_read"), ("disk_read", "compute"), ("attend", "copy"), CALLS}
+    assert pairs <= set(made.slowdown)
     rates = made.compute
     for known in (rates.matmul, rates.converted, rates.elementwise):
         assert set(known) == {"float32"}
@@ -150,6 +151,13 @@ def test_slowdowns_are_of_both_ways_and_never_below_one() -> None:
     found = slowdowns(tasks, num_threads=1, windows=2, window_s=0.001)
     assert set(found) == {("compute", "copy"), ("copy", "compute")}
     assert min(found.values()) >= 1
+
+
+def test_calls_are_slowed_by_what_of_the_time_others_call() -> None:
+    tries = [{"calls": 3.0, "beside": 0.5}, {"calls": 2.0, "beside": 0.25}]
+    assert calls_beside_calls(tries) == 5.0
+    assert calls_beside_calls([*tries, {"calls": 1.2, "beside": 0.1}]) == pytest.approx(3.0)
+    assert calls_beside_calls([{"calls": 0.9, "beside": 0.3}]) == 1.0
 
 
 def test_turns_of_a_task_count_up_from_its_first() -> None:

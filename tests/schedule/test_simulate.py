@@ -40,7 +40,8 @@ class PerKind:
     def __call__(self, op: Op) -> Cost:
         link = LINK_OF.get(op.kind, "")
         seconds = self._seconds[op.kind] / (self._faster if link else 1.0)
-        return Cost(seconds, op.kind.value, link=link, num_bytes=8)
+        in_flight_s = seconds / 2 if link else 0.0
+        return Cost(seconds, op.kind.value, link=link, num_bytes=8, in_flight_s=in_flight_s)
 
 
 # -- bounds ---------------------------------------------------------------------------------------
@@ -235,6 +236,53 @@ def test_two_that_disturb_an_op_do_so_on_top_of_each_other():
         slowdown={("compute", "disk_read"): 1.5, ("compute", "copy"): 2.0},
     )
     assert spans[2] == (0.0, pytest.approx(3.0))
+
+
+@pytest.mark.parametrize(
+    ("link", "waits_s"),
+    [
+        ("disk_read", 1.0),  # half of the 2 s in flight
+        ("disk_write", 1.0),  # of the same disk
+        ("h2d", 0.0),
+    ],
+)
+def test_an_op_waits_for_what_another_has_in_flight_on_its_device(link, waits_s):
+    reading = Cost(10.0, link="disk_read", in_flight_s=2.0)
+    _, spans = play_ops(
+        [
+            (op(0, Kind.READ_WEIGHT), reading),
+            (op(1, Kind.SAMPLE), Cost(3.0)),
+            (op(2, Kind.WRITE_CACHE, 1), Cost(1.0, link=link)),
+        ]
+    )
+    shared = 2.0 if link == "disk_read" else 1.0
+    assert spans[2] == (pytest.approx(3.0 + waits_s), pytest.approx(3.0 + waits_s + shared))
+
+
+def test_who_comes_at_the_end_of_a_transfer_waits_for_no_more_than_is_left():
+    _, spans = play_ops(
+        [
+            (op(0, Kind.READ_WEIGHT), Cost(10.0, link="disk_read", in_flight_s=2.0)),
+            (op(1, Kind.SAMPLE), Cost(9.5)),
+            (op(2, Kind.WRITE_CACHE, 1), Cost(1.0, link="disk_write")),
+        ]
+    )
+    assert spans[2] == (pytest.approx(9.75), pytest.approx(10.75))
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "factor"),
+    [(1.0, 1.0, 5.0), (0.1, 1.0, 1.4), (0.1, 0.5, 1.2), (0.0, 1.0, 1.0)],
+)
+def test_calls_of_all_lanes_slow_each_other_down_by_their_shares(own, others, factor):
+    _, spans = play_ops(
+        [
+            (op(0, Kind.STORE_CACHE), Cost(99.0, "copy", calls=others)),
+            (op(1, Kind.COMPUTE), Cost(1.0, "compute", calls=own)),
+        ],
+        slowdown={("calls", "calls"): 5.0},
+    )
+    assert spans[1] == (0.0, pytest.approx(factor))
 
 
 def test_a_hop_passes_before_another_lane_goes_on_and_not_on_the_same_one():
