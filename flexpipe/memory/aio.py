@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 DEPTH = 64  # transfers in flight of one call
-_MOST_VIEWS = 512  # of one transfer
+_MOST_VIEWS, _MOST_BYTES = 512, 8 << 20  # of one transfer
 _OPCODES = {"read": 7, "write": 8}  # with views, as preadv and pwritev
 _COMMAND = np.dtype(
     [
@@ -80,16 +80,26 @@ def transfer(
 
 
 def _joined(spans: Iterable[Span]) -> list[list[Span]]:
-    """Those that lie end to end in the file, together."""
+    """Those that lie end to end in the file, together, as far as one transfer goes."""
     joined: list[list[Span]] = []
-    end = -1
-    for span in sorted(spans):
-        if span.offset == end and len(joined[-1]) < _MOST_VIEWS:
+    end = num_bytes = -1
+    for span in sorted(_cut(spans)):
+        fits = num_bytes + span.num_bytes <= _MOST_BYTES
+        if span.offset == end and fits and len(joined[-1]) < _MOST_VIEWS:
             joined[-1].append(span)
+            num_bytes += span.num_bytes
         else:
             joined.append([span])
+            num_bytes = span.num_bytes
         end = span.offset + span.num_bytes
     return joined
+
+
+def _cut(spans: Iterable[Span]) -> Iterator[Span]:
+    """The same, none longer than one transfer."""
+    for offset, num_bytes, address in spans:
+        for done in range(0, num_bytes, _MOST_BYTES):
+            yield Span(offset + done, min(_MOST_BYTES, num_bytes - done), address + done)
 
 
 def _batched(items: Sequence[_T], count: int) -> Iterator[Sequence[_T]]:

@@ -241,9 +241,8 @@ class KvCache:
         home = self._homes[tier]
         assert home is not None
         start = self._row_offset(mb, layer, tier, place)
-        return home[
-            start : start + self._plan.micro_batches[mb].region_bytes(tier, self._token_bytes)
-        ]
+        num_bytes = self._plan.micro_batches[mb].region_bytes(tier, self._token_bytes)
+        return home[start : start + num_bytes]
 
     def _row_offset(self, mb: int, layer: int, tier: Tier, place: int) -> int:
         num_bytes = self._plan.micro_batches[mb].region_bytes(tier, self._token_bytes)
@@ -274,11 +273,13 @@ class KvCache:
             ends = (in_slot, at_home) if into_slot else (at_home, in_slot)
             if end > begin:
                 pieces[tier].append(Piece(ends[0] + begin, ends[1] + begin, end - begin))
+        staged = None if stage is None else stages[stage]
+        hosts = {Tier.CPU: self._homes[Tier.CPU], Tier.DISK: staged}
         for tier, some in pieces.items():
             if some:
-                host = self._homes[tier] if tier == Tier.CPU else stages[stage or 0]
+                host, here = hosts[tier], self._slots[slot]
                 assert host is not None
-                copy(*((self._slots[slot], host) if into_slot else (host, self._slots[slot])), some)
+                copy(*((here, host) if into_slot else (host, here)), some)
         return sum(piece.num_bytes for some in pieces.values() for piece in some)
 
     def _disk_rows(

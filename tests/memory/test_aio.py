@@ -74,6 +74,22 @@ def test_neighbours_in_the_file_may_lie_anywhere_in_memory(direct: DiskFile) -> 
     assert [int(room[page, 9]) for page in (5, 1, 3)] == [0, 1, 4]
 
 
+@pytest.mark.parametrize("most", [ALIGN, 3 * ALIGN, 1 << 30])
+def test_long_spans_are_cut_and_short_ones_joined_to_one_transfer(
+    direct: DiskFile, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    monkeypatch.setattr(aio, "_MOST_BYTES", most)
+    back = aligned_buffer(NUM_PAGES * ALIGN)
+    sizes = [1, 7, 2, NUM_PAGES - 10]
+    firsts = [sum(sizes[:index]) for index in range(len(sizes))]
+    spans = [
+        Span(first * ALIGN, size * ALIGN, back.ctypes.data + first * ALIGN)
+        for first, size in zip(firsts, sizes, strict=True)
+    ]
+    assert aio.transfer(direct._fd, "read", spans)
+    assert np.array_equal(back, pages(range(NUM_PAGES)))
+
+
 @pytest.mark.parametrize("wrong", [Span(ALIGN + 1, ALIGN, 0), Span(NUM_PAGES * ALIGN, ALIGN, 0)])
 def test_what_fails_or_ends_early_is_told(direct: DiskFile, wrong: Span) -> None:
     """Crooked, and behind the end of the file."""
