@@ -240,11 +240,16 @@ def _summed_tiers(stages: Sequence[StageUse]) -> list[TierUse]:
 
 
 def _tiers(ran: Ran) -> list[TierUse]:
-    plan, stage, disk_bytes = ran.plan, ran.stage, ran.measured.disk_bytes
+    """Temporaries of an emulated device cannot be told from what else the process has: it is
+    charged for as many as were planned."""
+    plan, memory = ran.plan, ran.stage.stores.memory
+    on_device, emulated = memory.peak_device_bytes(), memory.emulated_bytes(plan.device_tier)
+    if emulated:
+        on_device, emulated = (size + plan.transient_bytes for size in (on_device, emulated))
     measured = {
-        Tier.GPU: stage.stores.memory.peak_device_bytes(),
-        Tier.CPU: peak_rss_bytes() - stage.stores.memory.emulated_bytes(plan.device_tier),
-        Tier.DISK: disk_bytes,
+        Tier.GPU: on_device,
+        Tier.CPU: peak_rss_bytes() - emulated,
+        Tier.DISK: ran.measured.disk_bytes,
     }
     return [
         TierUse(

@@ -31,6 +31,7 @@ from flexpipe.runtime.record import Recorder
 from flexpipe.schedule.op import PEER_LANES, Kind, Lane, Op
 
 RUN_AHEAD = 512  # ops submitted and not done; bounds memory, far above what hides latency
+_AT_EASE, _PAUSE_S = 64, 5e-5  # with so many ahead nobody waits for more: let lanes go first
 _KEPT_EVENTS = 4 * RUN_AHEAD
 _JOIN_TIMEOUT_S = 30.0
 
@@ -157,6 +158,8 @@ class Dispatcher:
                     return
                 continue
             self._submit(op)
+            if len(self._pending) > _AT_EASE and not self._streams:
+                time.sleep(_PAUSE_S)  # else a burst of new ops would keep the interpreter
             if len(self._pending) >= RUN_AHEAD:
                 if not self._wait(lambda: len(self._pending) < RUN_AHEAD * 3 // 4):
                     return

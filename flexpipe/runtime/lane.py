@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from heapq import heappop, heappush
 
 import torch
 
@@ -47,10 +48,11 @@ class ThreadLane:
         self._failed = failed
         self._recorder = recorder
         self._num_threads = num_threads
-        # by op id; a smaller one than any wakes the thread to quit
-        self._queue: queue.PriorityQueue[tuple[int, Op | None, Sequence[torch.Event]]] = (
-            queue.PriorityQueue()
-        )
+        # A heap by op id; a smaller one than any wakes the thread to quit. Each push and pop is one
+        # call into C, so no other thread comes in between: a queue.PriorityQueue locks in Python,
+        # for which all lanes would wait.
+        self._ready: list[tuple[int, Op | None, Sequence[torch.Event]]] = []
+        self._news: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._quit = False
         self._start_s = time.perf_counter()
         self._thread = threading.Thread(target=self._run, name=f"flexpipe-{lane}", daemon=True)
@@ -61,24 +63,29 @@ class ThreadLane:
 
     def put(self, op: Op, events: Sequence[torch.Event] = ()) -> None:
         """Queue an op whose host dependencies are met; its thread waits for `events`."""
-        self._queue.put((op.id, op, events))
+        self._put(op.id, op, events)
 
     def quit(self) -> None:
         """Perform nothing more; the op now running is finished."""
         self._quit = True
-        self._queue.put((-1, None, ()))
+        self._put(-1, None, ())
 
     def join(self, timeout_s: float) -> bool:
         """Wait for the thread's end; whether it came."""
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
+    def _put(self, order: int, op: Op | None, events: Sequence[torch.Event]) -> None:
+        heappush(self._ready, (order, op, events))
+        self._news.put(None)
+
     def _run(self) -> None:
         torch.get_num_threads()  # lets torch set up this thread before it is overruled
         torch.set_num_threads(self._num_threads)
         with torch.inference_mode():
             while True:
-                _, op, events = self._queue.get()
+                self._news.get()
+                _, op, events = heappop(self._ready)
                 if op is None or self._quit:
                     return
                 self._do(op, events)
