@@ -112,7 +112,8 @@ def calls_beside_calls(tries: Sequence[Mapping[str, float]]) -> float:
 
     Computing a layer is nothing but calls here, and so is what moves beside it, for a part of its
     time."""
-    return max(1.0, min(1 + (one["calls"] - 1) / one["beside"] for one in tries if one["beside"]))
+    factors = (1 + (one["calls"] - 1) / one["beside"] for one in tries if one["beside"])
+    return max(1.0, min(factors, default=1.0))
 
 
 def _split(one_s: float, many_s: float) -> tuple[float, float]:

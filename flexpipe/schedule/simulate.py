@@ -53,10 +53,6 @@ class Cost:
         """What serves the link: reads and writes are one disk's."""
         return self.link.partition("_")[0]
 
-    @property
-    def manner(self) -> Manner:
-        return Manner(self.activity, self.link, self.duty, self.calls)
-
 
 class Manner(NamedTuple):
     """What of a cost decides how ops that run together slow each other down."""
@@ -130,6 +126,7 @@ class _Running:
     hop_s: float
     left_s: float
     start_s: float
+    manner: Manner
     speed: float = 1.0
     is_due: bool = False
 
@@ -289,7 +286,8 @@ class _Rank:
                 cost = self._cost_of(op)
                 hop_s = max(0.0, since_s + self._hop_s - self.now_s) + self._queue_s(cost)
                 start_s = self.now_s + hop_s
-                self._running[lane] = _Running(op, cost, hop_s, cost.seconds, start_s)
+                manner = Manner(cost.activity, cost.link, cost.duty, cost.calls)
+                self._running[lane] = _Running(op, cost, hop_s, cost.seconds, start_s, manner)
 
     def _queue_s(self, cost: Cost) -> float:
         """What the op waits for in the queue of its device, which is half of what another one has
@@ -309,7 +307,7 @@ class _Rank:
         """Each running op's speed beside the others, and when the next one begins or ends."""
         self._meet()
         running = self._running.values()
-        key = tuple(_IDLE if one.hop_s > 0 else one.cost.manner for one in running)
+        key = tuple(_IDLE if one.hop_s > 0 else one.manner for one in running)
         speeds = self._speeds.get(key)
         if speeds is None:
             speeds = self._speeds[key] = tuple(self._speed(key, i) for i in range(len(key)))

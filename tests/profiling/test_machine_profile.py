@@ -158,6 +158,7 @@ def test_calls_are_slowed_by_what_of_the_time_others_call() -> None:
     assert calls_beside_calls(tries) == 5.0
     assert calls_beside_calls([*tries, {"calls": 1.2, "beside": 0.1}]) == pytest.approx(3.0)
     assert calls_beside_calls([{"calls": 0.9, "beside": 0.3}]) == 1.0
+    assert calls_beside_calls([{"calls": 1.5, "beside": 0.0}]) == 1.0  # nothing to tell it by
 
 
 def test_turns_of_a_task_count_up_from_its_first() -> None:
