@@ -88,15 +88,14 @@ class Searched:
 
     def drawn(self) -> Iterator[dict[str, Any]]:
         draw = random.Random(SEED)
-        columns = {name: _shuffled(values, draw) for name, values in self.axes.items()}
+        columns = {name: shuffled(values, NUM_DRAWN, draw) for name, values in self.axes.items()}
         for row in zip(*columns.values(), strict=True):
             yield dict(zip(columns, row, strict=True))
 
 
-def _shuffled(values: Sequence[Any], draw: random.Random) -> list[Any]:
-    """`NUM_DRAWN` values, each as often as any other, or once more."""
-    times = -(-NUM_DRAWN // len(values))
-    column = (list(values) * times)[:NUM_DRAWN]
+def shuffled(values: Sequence[Any], count: int, draw: random.Random) -> list[Any]:
+    """So many values, each as often as any other, or once more."""
+    column = (list(values) * -(-count // len(values)))[:count]
     draw.shuffle(column)
     return column
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from benchmarks.peers.checkpoint import Shape
+from benchmarks.searched_workloads import shuffled
 from flexpipe.plan.block import Need
 from flexpipe.plan.hardware import Emulation
 from flexpipe.plan.policy import STRATEGIES, Policy, percent_shares
@@ -224,16 +225,9 @@ _AXES: Mapping[str, Sequence[Any]] = {
 def _drawn() -> Iterator[Case]:
     """Each value of each axis about equally often, in combinations that the seed shuffles."""
     draw = random.Random(HELD_OUT_SEED)
-    columns = [_shuffled(values, draw) for values in _AXES.values()]
+    columns = [shuffled(values, _NUM_HELD_OUT, draw) for values in _AXES.values()]
     for index, row in enumerate(zip(*columns, strict=True)):
         yield _case(index, dict(zip(_AXES, row, strict=True)), draw)
-
-
-def _shuffled(values: Sequence[Any], draw: random.Random) -> list[Any]:
-    times = -(-_NUM_HELD_OUT // len(values))
-    column = (list(values) * times)[:_NUM_HELD_OUT]
-    draw.shuffle(column)
-    return column
 
 
 def _case(index: int, drawn: Mapping[str, Any], draw: random.Random) -> Case:

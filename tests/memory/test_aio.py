@@ -24,9 +24,9 @@ NUM_PAGES = 3 * DEPTH + 1
 def direct(tmp_path: Path) -> Iterator[DiskFile]:
     """A file of numbered pages on a mount that transfers directly."""
     with DiskFile(tmp_path / "pages", "rw") as file:
-        if not file.direct or aio._borrow() is None:
-            pytest.skip("no asynchronous direct transfers here")
         file.write(pages(range(NUM_PAGES)), 0)
+        if not file.direct or aio.transfer(file._fd, "read", []) is None:
+            pytest.skip("no asynchronous direct transfers here")
         yield file
 
 
@@ -53,9 +53,7 @@ def assert_read(back: np.ndarray) -> None:
 def test_every_page_comes_from_its_place_and_goes_back_there(direct: DiskFile) -> None:
     back, new = aligned_buffer(NUM_PAGES * ALIGN), pages(range(7, 7 + NUM_PAGES))
     direct.read_spans(scattered(back))
-    assert np.array_equal(
-        back.reshape(-1, ALIGN)[::2], pages(range(NUM_PAGES)).reshape(-1, ALIGN)[::2]
-    )
+    assert_read(back)
     direct.write_spans(scattered(new))
     whole = aligned_buffer(NUM_PAGES * ALIGN)
     direct.read(whole, 0)
