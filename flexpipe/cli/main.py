@@ -8,6 +8,7 @@ unless `--debug` or FLEXPIPE_DEBUG asks for it. What the rooms log is told on st
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import shlex
@@ -30,6 +31,7 @@ from flexpipe.errors import FlexpipeError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 PIPE_CLOSED = 141  # 128 + SIGPIPE
+_ALLOCATIONS = 50_000  # between two searches for cycles: plans and ops are many and have none
 
 
 @click.group(
@@ -56,6 +58,7 @@ cli.add_command(profile)
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit; `arguments` default to the process's."""
+    gc.set_threshold(_ALLOCATIONS)
     sys.exit(_exit_code(sys.argv[1:] if arguments is None else list(arguments)))
 
 

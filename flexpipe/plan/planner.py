@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
-from flexpipe.model.config import DTYPE_BYTES, ModelConfig
+from flexpipe.model.config import DTYPE_BYTES, ModelConfig, TensorSpec
 from flexpipe.plan.block import MicroBatchPlan, Need, Queue, block_shape
 from flexpipe.plan.layer import LayerPlan, stage_layers
 from flexpipe.plan.layer_bytes import LayerBytes
@@ -83,7 +84,7 @@ class Planner:
         key = _weight_knobs(policy)
         if key not in self._placements:
             self._placements[key] = place_weights(
-                stage_tensors(self._config, self._pipeline, self._rank),
+                self._tensors,
                 policy.weights,
                 self._stored,
                 device_tier=self._device_tier,
@@ -94,6 +95,10 @@ class Planner:
                 form_of=self._form_of,
             )
         return self._placements[key]
+
+    @cached_property
+    def _tensors(self) -> tuple[TensorSpec, ...]:
+        return stage_tensors(self._config, self._pipeline, self._rank)
 
     def _layers_of(self, policy: Policy) -> tuple[tuple[LayerPlan, ...], LayerBytes]:
         key = (*_weight_knobs(policy), policy.separate_layers)

@@ -7,7 +7,7 @@ the shares and an optimistic time (`flexpipe.policy.shares`). A knob that is giv
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import inf
@@ -62,7 +62,7 @@ class Choices:
         coarse: bool = False,
     ) -> None:
         """At most `max_disk_writes` bytes go to disk per 1,000 generated tokens. `coarse` leaves
-        out every other size and number of micro-batches."""
+        hidden beside the device."""
         self.given = given
         self.fixed = {name: given[name] for name in KINDS if name in given}
         self.demand = Demand.of(needs)
@@ -71,8 +71,7 @@ class Choices:
         self._num_rows = -(-len(needs) // planner.pipeline.num_blocks)
         self._machine = machine
         self._max_latency_s = max_latency_s
-        every = 2 if coarse else 1
-        self._sizes, self._counts = SIZES[::every], COUNTS[::every]
+        self._coarse = coarse
         tokens = self.demand.num_requests * self.demand.output
         self._most_written = inf if max_disk_writes is None else max_disk_writes * tokens / 1000
         self._programmes: dict[object, SharesProgramme] = {}
@@ -87,7 +86,7 @@ class Choices:
         """Every combination of the discrete choices that are free."""
         given, machine = self.given, self._machine
         on_accelerator = machine.device_tier == Tier.GPU
-        hidden = machine.tiers[:2] if on_accelerator else machine.tiers[:1]
+        hidden = machine.tiers[: 2 if on_accelerator and not self._coarse else 1]
         free: dict[str, Sequence[Any]] = {
             "hidden": [all_on(tier) for tier in hidden],
             "cpu_attention": (False, True) if on_accelerator else (False,),
@@ -105,8 +104,8 @@ class Choices:
         given, rows = self.given, self._num_rows
         most = given.get("max_batch_tokens")
         enough = min((size for size in SIZES if size >= rows), default=SIZES[0])
-        sizes = [given["micro_batch_size"]] if "micro_batch_size" in given else self._sizes
-        counts = [given["num_micro_batches"]] if "num_micro_batches" in given else self._counts
+        sizes = [given["micro_batch_size"]] if "micro_batch_size" in given else SIZES
+        counts = [given["num_micro_batches"]] if "num_micro_batches" in given else COUNTS
         for size, count in product(sizes, counts):
             fits = len(sizes) == 1 or (size <= enough and (most is None or size <= most))
             needed = len(counts) == 1 or count == 1 or size * (count // 2) < rows
@@ -119,7 +118,7 @@ class Choices:
         config, compute = self._planner.config, self._planner.compute_dtype
         return DTYPE_BYTES[config.dtype] < DTYPE_BYTES[compute]
 
-    def estimated(self, all_knobs: Iterator[dict[str, Any]]) -> list[Choice]:
+    def estimated(self, all_knobs: Iterable[Mapping[str, Any]]) -> list[Choice]:
         """All choices that may fit, quickest first by estimate."""
         choices = [choice for knobs in all_knobs for choice in self.solved(knobs, self.fixed)]
         self.num_choices += len(choices)

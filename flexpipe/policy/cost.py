@@ -8,8 +8,9 @@ them where that is longer.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from flexpipe.plan.hardware import DISK_QUEUE_BYTES, EMULATED_TURN_S, Emulation
@@ -28,6 +29,15 @@ from flexpipe.schedule.step import MicroBatch
 
 FETCHED_BYTES = 8 + 1  # of a sampled row: its token, and whether its logits were finite
 TOKEN_BYTES = 2 * 8  # the same in a message between ranks
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """A micro-batch's shape and what its ops cost, found once per step."""
+
+    batch: MicroBatch
+    shape: Shape
+    costs: dict[object, Cost] = field(default_factory=dict)
 
 
 class CostModel:
@@ -53,8 +63,8 @@ class CostModel:
         self._config = plan.config
         self._computing = ComputeCost(plan, profile)
         self._windows = tuple(dict.fromkeys(plan.config.windows or (None,)))
-        self._shapes: dict[int, tuple[MicroBatch, Shape]] = {}
-        self._costs: dict[object, Cost] = {}
+        self._known: dict[int, _Known] = {}  # by micro-batch
+        self._costs: dict[object, Cost] = {}  # of ops that are of none
         self._price: Mapping[Kind, Callable[[Op], Cost]] = {
             Kind.READ_WEIGHT: self._read_weight,
             Kind.LOAD_WEIGHT: self._load_weight,
@@ -84,12 +94,13 @@ class CostModel:
         }
 
     def __call__(self, op: Op) -> Cost:
-        if op.batch is not None or op.batches:
+        if op.batches:
             return self._price[op.kind](op)
-        key = op.kind, op.layer
-        cost = self._costs.get(key)
+        costs = self._costs if op.batch is None else self._known_of(op.batch).costs
+        key = op.kind, op.segment, self._likes[op.layer]
+        cost = costs.get(key)
         if cost is None:
-            cost = self._costs[key] = self._price[op.kind](op)
+            cost = costs[key] = self._price[op.kind](op)
         return cost
 
     @cached_property
@@ -132,28 +143,40 @@ class CostModel:
 
     def shape(self, batch: MicroBatch) -> Shape:
         """The micro-batch's shape, found once per step."""
-        known = self._shapes.get(batch.index)
-        if known is None or known[0] is not batch:
+        return self._known_of(batch).shape
+
+    def _known_of(self, batch: MicroBatch) -> _Known:
+        known = self._known.get(batch.index)
+        if known is None or known.batch is not batch:
             shape = shape_of(batch, self.plan, self._windows, averaged=self._averaged)
-            known = self._shapes[batch.index] = (batch, shape)
-        return known[1]
+            known = self._known[batch.index] = _Known(batch, shape)
+        return known
 
     @cached_property
     def alike(self) -> list[tuple[LayerPlan, int]]:
         """Layers that cost the same: the first of each kind, and their number."""
-        counts: dict[tuple[str, int | None, bool], int] = defaultdict(int)
-        first: dict[tuple[str, int | None, bool], LayerPlan] = {}
+        first: dict[object, LayerPlan] = {}
+        for layer, like in zip(self.plan.layers, self._likes, strict=True):
+            first.setdefault(like, layer)
+        counts = Counter(self._likes)
+        return [(layer, counts[like]) for like, layer in first.items()]
+
+    @cached_property
+    def _likes(self) -> list[object]:
+        """By layer: the same for layers whose ops cost the same."""
         last = self.plan.layers[-1]
-        for layer in self.plan.layers:
-            window = None if layer.layer is None else self._config.window(layer.layer)
-            key = layer.likeness, window, layer is last
-            counts[key] += 1
-            first.setdefault(key, layer)
-        return [(layer, counts[key]) for key, layer in first.items()]
+        return [
+            (
+                layer.likeness,
+                None if layer.layer is None else self._config.window(layer.layer),
+                layer is last,
+            )
+            for layer in self.plan.layers
+        ]
 
     def know(self, batch: MicroBatch, shape: Shape) -> None:
         """Take `batch` for one of this shape, whatever its rows."""
-        self._shapes[batch.index] = (batch, shape)
+        self._known[batch.index] = _Known(batch, shape)
 
     # moves
 

@@ -130,50 +130,52 @@ def work_of(costs: CostModel, phase: Phase, demand: Demand) -> Work:
     a kind all rest on one tier."""
     batch = MicroBatch(0, ())
     costs.know(batch, _shape(costs.plan, phase, demand))
-    plan = costs.plan
-    times = len(plan.micro_batches)
-    work = step_work(costs, [batch], times=times, num_steps=plan.pipeline.num_blocks)
+    plan, own = costs.plan, Work()
+    path_s = _add_ops(own, costs, batch)
+    work = _step_only(costs, [batch], plan.pipeline.num_blocks)
+    work.add_all(own, len(plan.micro_batches))
     work = work.disturbed(costs.profile.slowdown)
-    work.seconds["path"] = _path_s(costs, batch)
+    work.seconds["path"] = path_s
     return work
 
 
-def _path_s(costs: CostModel, batch: MicroBatch) -> float:
-    """Seconds of one micro-batch's ops, which come one after the other but for the moves of its KV
-    cache: with few micro-batches no lane is busy all the time."""
-    plan, shape, seconds = costs.plan, costs.shape(batch), 0.0
+def step_work(costs: CostModel, batches: Sequence[MicroBatch]) -> Work:
+    """Seconds that a stage's step keeps each lane and link busy."""
+    work = _step_only(costs, batches)
+    for batch in batches:
+        _add_ops(work, costs, batch)
+    return work
+
+
+def _step_only(costs: CostModel, batches: Sequence[MicroBatch], num_steps: int = 1) -> Work:
+    """What a step does once, whatever its micro-batches."""
+    plan, work = costs.plan, Work()
     for layer, count in costs.alike:
-        for kind, segment in _kinds(plan, layer, batch, shape):
-            if kind not in _BESIDE:
-                op = Op(0, kind, 0, layer.position, batch, (), segment=segment)
-                seconds += costs(op).seconds * count
-    ends = (Op(0, kind, 0, 0, batch, ()) for kind in _end_kinds(plan, shape))
-    return seconds + sum(costs(op).seconds for op in ends)
-
-
-def step_work(
-    costs: CostModel, batches: Sequence[MicroBatch], times: int = 1, num_steps: int = 1
-) -> Work:
-    """Seconds that a stage's steps keep each lane and link busy; every micro-batch counts `times`,
-    and what a step does once, `num_steps`."""
-    plan, work, alike = costs.plan, Work(), costs.alike
-    for layer, count in alike:
         for kind in _weight_kinds(plan, layer):
             op = Op(0, kind, 0, layer.position, None, ())
             work.add(op.lane.value, costs(op), count * num_steps)
     for kind in _step_kinds(plan):
         op = Op(0, kind, 0, 0, None, (), batches=tuple(batches))
         work.add(op.lane.value, costs(op), num_steps)
-    for batch in batches:
-        shape = costs.shape(batch)
-        for layer, count in alike:
-            for kind, segment in _kinds(plan, layer, batch, shape):
-                op = Op(0, kind, 0, layer.position, batch, (), segment=segment)
-                work.add(op.lane.value, costs(op), count * times)
-        for kind in _end_kinds(plan, shape):
-            op = Op(0, kind, 0, 0, batch, ())
-            work.add(op.lane.value, costs(op), times)
     return work
+
+
+def _add_ops(work: Work, costs: CostModel, batch: MicroBatch) -> float:
+    """Add one micro-batch's own ops to `work`. Those but for the moves of its KV cache come one
+    after the other: their seconds, since with few micro-batches no lane is busy all the time."""
+    plan, shape, path_s = costs.plan, costs.shape(batch), 0.0
+    for layer, count in costs.alike:
+        for kind, segment in _kinds(plan, layer, batch, shape):
+            op = Op(0, kind, 0, layer.position, batch, (), segment=segment)
+            cost = costs(op)
+            work.add(op.lane.value, cost, count)
+            path_s += 0.0 if kind in _BESIDE else cost.seconds * count
+    for kind in _end_kinds(plan, shape):
+        op = Op(0, kind, 0, 0, batch, ())
+        cost = costs(op)
+        work.add(op.lane.value, cost, 1)
+        path_s += cost.seconds
+    return path_s
 
 
 def _shape(plan: Plan, phase: Phase, demand: Demand) -> Shape:

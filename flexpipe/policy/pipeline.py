@@ -10,10 +10,10 @@ played, all ranks together.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 from math import inf
-from typing import Any
 
 from flexpipe.errors import PlanError, PolicyError
 from flexpipe.plan.arrangement import Arrangement
@@ -22,7 +22,7 @@ from flexpipe.plan.plan import Plan
 from flexpipe.plan.planner import Planner
 from flexpipe.policy.choices import Choice, Choices
 from flexpipe.policy.partition import Cut, cut_with, simple_cut
-from flexpipe.policy.predict import QUICK, Assignment, Prediction, predict_stages
+from flexpipe.policy.predict import COARSE, QUICK, Assignment, Prediction, predict_stages
 from flexpipe.policy.room import SHAPE, pipeline_by_rule
 from flexpipe.policy.search import MOST_REPLAYS, OPTIMISM, OTHER_TOKENS, Limits, best_plan
 from flexpipe.policy.shares import realize
@@ -66,7 +66,7 @@ def search_pipeline(
     coarse: bool = False,
 ) -> FoundPipeline:
     """The fastest pipeline over the ranks' sites that keeps what is given for each; a `coarse`
-    search looks at every other shape, and plays the most promising one."""
+    search looks at fewer shapes, and plays the two most promising ones."""
     return _Search(model, sites, arrangement, limits or Limits(), coarse).run()
 
 
@@ -113,37 +113,62 @@ class _Stages:
         self.choices = [choices for _, choices in made]
         # the slowest stage's seconds are a round's only if no rank waits for a block to come round
         self._waiting = max(1.0, pipeline.num_stages / pipeline.num_blocks)
-        self._quickest: dict[int, dict[Shape, Choice]] = {}
+        # the last rank, which has the head, is likely to be the slowest
+        self._kinds = [_Kind(one) for one in dict.fromkeys(reversed(self.choices))]
+        self._kind_of = [
+            next(kind for kind in self._kinds if kind.choices is one) for one in self.choices
+        ]
 
-    def wholes(self) -> list[_Whole]:
-        """All shapes that may fit every rank, quickest first."""
-        quickest = [self._by_shape(choices) for choices in self.choices]
-        shapes = set.intersection(*(set(by_shape) for by_shape in quickest))
-        return self._ordered(tuple(one[shape] for one in quickest) for shape in sorted(shapes))
+    @property
+    def shapes(self) -> Collection[Shape]:
+        return self._kinds[0].shapes
+
+    def wholes(self, shapes: Iterable[Shape]) -> Iterator[_Whole]:
+        """Those of the shapes that may fit every rank, quickest first. A rank's estimate for a
+        shape is made when no other shape can be quicker by what is known of it."""
+        waiting = [(self._seconds(shape, 1), shape, 1) for shape in shapes]
+        heapify(waiting)
+        while waiting and waiting[0][0] < inf:
+            _, shape, known = heappop(waiting)
+            if known < len(self._kinds):
+                heappush(waiting, (self._seconds(shape, known + 1), shape, known + 1))
+            else:
+                choices = [kind.quickest(shape) for kind in self._kind_of]
+                yield self._whole([choice for choice in choices if choice is not None])
 
     def with_tokens(self, whole: _Whole, tokens: int) -> list[_Whole]:
         """The same with other chunks of prompts, where that fits."""
         found = []
         for choices, choice in zip(self.choices, whole.choices, strict=True):
             most = max(tokens, choice.knobs["micro_batch_size"])
-            found.append(choices.estimated(iter([{**choice.knobs, "max_batch_tokens": most}])))
-        fits = all(found)
-        return self._ordered([tuple(one[0] for one in found)] if fits else [])
+            found.append(choices.estimated([{**choice.knobs, "max_batch_tokens": most}]))
+        return [self._whole([one[0] for one in found])] if all(found) else []
 
-    def _by_shape(self, choices: Choices) -> dict[Shape, Choice]:
-        known = self._quickest.get(id(choices))
-        if known is None:
-            known = self._quickest[id(choices)] = {}
-            for choice in choices.estimated(choices.knobs()):
-                known.setdefault(_shape_of(choice.knobs), choice)
-        return known
+    def _seconds(self, shape: Shape, known: int) -> float:
+        """Of the slowest of the first few unlike ranks, infinite where one has no choice."""
+        found = [kind.quickest(shape) for kind in self._kinds[:known]]
+        return max(inf if choice is None else choice.solution.seconds for choice in found)
 
-    def _ordered(self, combined: Iterator[tuple[Choice, ...]] | list[Any]) -> list[_Whole]:
-        made = [
-            _Whole(choices, self._waiting * max(choice.solution.seconds for choice in choices))
-            for choices in combined
-        ]
-        return sorted(made, key=lambda whole: whole.seconds)
+    def _whole(self, choices: Sequence[Choice]) -> _Whole:
+        seconds = self._waiting * max(choice.solution.seconds for choice in choices)
+        return _Whole(tuple(choices), seconds)
+
+
+class _Kind:
+    """Ranks alike: of every shape the choice that is quickest by estimate, None where none fits."""
+
+    def __init__(self, choices: Choices) -> None:
+        self.choices = choices
+        self.shapes: dict[Shape, list[Knobs]] = {}
+        for knobs in choices.knobs():
+            self.shapes.setdefault(_shape_of(knobs), []).append(knobs)
+        self._quickest: dict[Shape, Choice | None] = {}
+
+    def quickest(self, shape: Shape) -> Choice | None:
+        if shape not in self._quickest:
+            found = self.choices.estimated(self.shapes.get(shape, ()))
+            self._quickest[shape] = next(iter(found), None)
+        return self._quickest[shape]
 
 
 class _Search:
@@ -160,6 +185,7 @@ class _Search:
         self._arrangement = arrangement
         self._limits = limits
         self._coarse = coarse
+        self._effort = COARSE if coarse else QUICK
         self._num_choices = 0
         self._scored: list[ScoredPipeline] = []
         self._refused: list[tuple[ScoredPipeline, str]] = []
@@ -188,14 +214,26 @@ class _Search:
         stages = self._stages(simple_cut(arrangement, model.num_layers))
         if arrangement.is_searched:
             stages = self._stages(self._balanced(stages))
-        wholes = stages.wholes()
-        self._replay(stages, wholes)
+        shapes = self._near(stages) if self._coarse else stages.shapes
+        self._replay(stages, stages.wholes(shapes))
         is_free = not any("max_batch_tokens" in site.given for site in self._sites)
         if self._scored and is_free and not self._coarse:
+            quickest = next(stages.wholes(shapes))
             for tokens in OTHER_TOKENS:
-                self._replay(stages, stages.with_tokens(wholes[0], tokens))
+                self._replay(stages, stages.with_tokens(quickest, tokens))
         different = {id(choices): choices for choices in stages.choices}
         self._num_choices = sum(choices.num_choices for choices in different.values())
+
+    def _near(self, stages: _Stages) -> Collection[Shape]:
+        """Shapes within a factor of two, in size and number of micro-batches, of the quickest of
+        every other one."""
+        steps = [sorted({shape[axis] for shape in stages.shapes}) for axis in (0, 1)]
+        few = [s for s in stages.shapes if s[0] in steps[0][::2] and s[1] in steps[1][::2]]
+        quickest = next(stages.wholes(few), None)
+        if quickest is None:
+            return stages.shapes
+        at = _shape_of(quickest.choices[0].knobs)
+        return [s for s in stages.shapes if all(at[i] / 2 <= s[i] <= 2 * at[i] for i in (0, 1))]
 
     def _by_rule(self) -> None:
         """Play what needs no estimate: its blocks may be smaller."""
@@ -206,8 +244,12 @@ class _Search:
     def _balanced(self, stages: _Stages) -> Cut:
         """The cut by what stages of the shape that an even cut likes best would take."""
         arrangement, model = self._arrangement, self._model
-        wholes = stages.wholes()
-        shape = _shape_of(wholes[0].choices[0].knobs) if wholes else self._smallest_shape(stages)
+        quickest = next(stages.wholes(stages.shapes), None)
+        shape = (
+            self._smallest_shape(stages)
+            if quickest is None
+            else _shape_of(quickest.choices[0].knobs)
+        )
         ranks = range(arrangement.num_stages)
         least, most = arrangement.num_chunks, model.num_layers - arrangement.num_chunks * ranks[-1]
 
@@ -253,14 +295,16 @@ class _Search:
             coarse=self._coarse,
         )
 
-    def _replay(self, stages: _Stages, wholes: Sequence[_Whole]) -> None:
+    def _replay(self, stages: _Stages, wholes: Iterable[_Whole]) -> None:
         """Play the first few shapes, while an estimate can win."""
-        num_played, most = 0, 1 if self._coarse else MOST_REPLAYS
+        left = 2 if self._coarse else MOST_REPLAYS
         for whole in wholes:
             fastest = min((scored.run_s for scored in self._scored), default=inf)
-            if num_played == most or whole.seconds > OPTIMISM * fastest:
+            if whole.seconds > OPTIMISM * fastest:
                 return
-            num_played += self._play(stages, whole)
+            left -= self._play(stages, whole)
+            if not left:
+                return
 
     def _play(self, stages: _Stages, whole: _Whole) -> bool:
         """Whether this comes to whole tensors that fit on every rank."""
@@ -281,7 +325,7 @@ class _Search:
             assert site.machine is not None
             profile, emulation = site.machine.profile, site.machine.emulation
             assignments.append(Assignment(plan=plan, profile=profile, emulation=emulation))
-        prediction = predict_stages(assignments, self._model.needs, effort=QUICK)
+        prediction = predict_stages(assignments, self._model.needs, effort=self._effort)
         scored = ScoredPipeline(plans=plans, prediction=prediction)
         refusal = self._limits.refusal(prediction)
         if refusal is None:

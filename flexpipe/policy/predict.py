@@ -60,6 +60,7 @@ class Effort:
 
 THOROUGH = Effort()
 QUICK = Effort(exact_ops=3000, sampled_ops=3000, few=2, more=8, most_groups=40)
+COARSE = Effort(exact_ops=1000, sampled_ops=1000, few=1, more=3, least=2, most=4, most_groups=12)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

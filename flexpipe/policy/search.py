@@ -172,7 +172,8 @@ class _Search:
     def run(self, explain: bool) -> Found:
         choices = self._choices
         self._replay(choices.estimated(choices.knobs()))
-        self._by_rule()
+        if choices.is_given or not self._kept():
+            self._by_rule()
         naive = {} if choices.is_given else self._naive()
         if not choices.is_given:
             self._refine()
@@ -311,7 +312,7 @@ class _Search:
             for scored in self._fastest(MOST_VARIED):
                 knobs = _without_shares(scored.plan.policy)
                 for change in self._changes(scored.plan.policy):
-                    self._replay(self._choices.estimated(iter([{**knobs, **change}]))[:1])
+                    self._replay(self._choices.estimated([{**knobs, **change}])[:1])
             if self._best() is before:
                 return
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import inf
 from typing import Any, TypeAlias
 
@@ -65,26 +66,19 @@ class Solution:
 
 
 @dataclass(frozen=True, slots=True)
-class _Pure:
-    """A plan whose tensors of a kind rest on one tier each."""
-
-    plan: Plan
-    works: tuple[Work, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class _Share:
-    """A variable: how much of one kind rests on a tier, what bounds it, what all of it comes to."""
+    """A variable: how much of one kind rests on a tier, what bounds it, and a plan with all of it
+    there and the other kind beside the device."""
 
     kind: str
     tier: Tier
     low: float
     high: float
-    pure: _Pure
+    plan: Plan
 
     def num_bytes(self, tier: Tier) -> float:
         """What all of it takes on `tier`."""
-        return home_bytes(self.pure.plan, tier)[KINDS.index(self.kind)]
+        return home_bytes(self.plan, tier)[KINDS.index(self.kind)]
 
 
 class SharesProgramme:
@@ -105,8 +99,7 @@ class SharesProgramme:
         self._knobs = {name: value for name, value in knobs.items() if name not in KINDS}
         self._most_written = most_written
         self._plans: dict[tuple[Tier, Tier], Plan] = {}
-        self._pures: dict[tuple[Tier, Tier], _Pure] = {}
-        self._phases: tuple[Phase, ...] = ()
+        self._works: dict[int, tuple[Work, ...]] = {}  # by the plan's identity
 
     def solve(self, fixed: Mapping[str, Shares], *, travels: Travels) -> Solution | None:
         """The best shares with what is `fixed` as it is; None where nothing fits.
@@ -121,6 +114,8 @@ class SharesProgramme:
             for share in self._variables(kind, fixed.get(kind), moves)
         ]
         room = self._room(shares)
+        if not _may_fit(shares, room):
+            return None
         if all(share.low == share.high for share in shares):
             values = np.array([share.low for share in shares])
             fits = _fits(shares, values, room) and self._written(shares) @ values <= self._writable
@@ -135,7 +130,7 @@ class SharesProgramme:
             low, high = (0.0, 1.0) if fixed is None else (fixed.of(tier),) * 2
             if high:
                 where = (tier, device) if kind == "weights" else (device, tier)
-                yield _Share(kind, tier, low, high, self._pure(*where))
+                yield _Share(kind, tier, low, high, self._plan(*where))
 
     def _room(self, shares: Sequence[_Share]) -> dict[Tier, float]:
         """Budgets less pools that do not depend on the shares (slots, staging, workspace), each as
@@ -150,17 +145,15 @@ class SharesProgramme:
     @property
     def _writable(self) -> float:
         """Bytes, counted from a plan that rests beside the device."""
-        device = self._machine.device_tier
-        return self._most_written - self._written_by(self._pure(device, device))
+        return self._most_written - self._written_by(self._base)
 
     def _written(self, shares: Sequence[_Share]) -> FloatArray:
         """Bytes to disk that each share adds."""
-        device = self._machine.device_tier
-        base = self._written_by(self._pure(device, device))
-        return np.array([self._written_by(share.pure) - base for share in shares])
+        base = self._written_by(self._base)
+        return np.array([self._written_by(share.plan) - base for share in shares])
 
-    def _written_by(self, pure: _Pure) -> float:
-        pairs = zip(self._phases, pure.works, strict=True)
+    def _written_by(self, plan: Plan) -> float:
+        pairs = zip(self._phases, self._works_of(plan), strict=True)
         return sum(phase.num_steps * work.num_bytes.get("disk_write", 0.0) for phase, work in pairs)
 
     def _solved(self, shares: Sequence[_Share], room: Bytes) -> Solution | None:
@@ -209,24 +202,31 @@ class SharesProgramme:
     def _work(self, shares: Sequence[_Share], index: int) -> tuple[FloatArray, FloatArray]:
         """Of one kind of step, per lane and link: seconds that each share adds, and those with all
         at home beside the device."""
-        device = self._machine.device_tier
-        base = self._pure(device, device).works[index].seconds
-        seconds = [share.pure.works[index].seconds for share in shares]
+        base = self._works_of(self._base)[index].seconds
+        seconds = [self._works_of(share.plan)[index].seconds for share in shares]
         names = sorted(base.keys() | {name for one in seconds for name in one})
         least = np.array([base.get(name, 0.0) for name in names])
         whole = np.array([[one.get(name, 0.0) for one in seconds] for name in names])
         return whole - least[:, None], least
 
-    def _pure(self, weights: Tier, kv_cache: Tier) -> _Pure:
-        key = weights, kv_cache
-        pure = self._pures.get(key)
-        if pure is None:
-            plan = self._plan(weights, kv_cache)
+    def _works_of(self, plan: Plan) -> tuple[Work, ...]:
+        """Of each kind of step, under one of the plans made here."""
+        works = self._works.get(id(plan))
+        if works is None:
             costs = CostModel(plan, self._machine.profile, self._machine.emulation)
-            self._phases = self._phases or phases_of(plan, self._demand)
             works = tuple(work_of(costs, phase, self._demand) for phase in self._phases)
-            pure = self._pures[key] = _Pure(plan, works)
-        return pure
+            self._works[id(plan)] = works
+        return works
+
+    @cached_property
+    def _phases(self) -> tuple[Phase, ...]:
+        return phases_of(self._base, self._demand)
+
+    @property
+    def _base(self) -> Plan:
+        """All at home beside the device."""
+        device = self._machine.device_tier
+        return self._plan(device, device)
 
     def _plan(self, weights: Tier, kv_cache: Tier) -> Plan:
         key = weights, kv_cache
@@ -247,6 +247,15 @@ def _largest_fixed(plans: Sequence[Plan], tier: Tier) -> int:
             if pool.name not in HOMES:
                 pools[pool.name] = max(pools.get(pool.name, 0), pool.num_bytes)
     return others + sum(pools.values())
+
+
+def _may_fit(shares: Sequence[_Share], room: Bytes) -> bool:
+    """Whether all tiers together could hold what rests anywhere, which is quickly told."""
+    least = sum(
+        min(sum(s.num_bytes(tier) for tier in room) for s in shares if s.kind == kind)
+        for kind in KINDS
+    )
+    return min(room.values()) >= 0 and least <= sum(room.values())
 
 
 def _fits(shares: Sequence[_Share], values: FloatArray, room: Bytes) -> bool:

@@ -9,7 +9,7 @@ one, so whatever order the lanes find, some op can always run.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from flexpipe.schedule.op import Kind, Op, Pool, Resource
 
@@ -150,5 +150,5 @@ def without_edges(ops: Iterable[Op | None], why: str) -> Iterable[Op | None]:
     for op in ops:
         if op is not None and any(wait.why == why for wait in op.waits_for):
             kept = tuple(wait for wait in op.waits_for if wait.why != why)
-            op = replace(op, waits_for=kept)
+            op = op._replace(waits_for=kept)
         yield op

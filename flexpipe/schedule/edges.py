@@ -9,7 +9,7 @@ another one already implies is left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from flexpipe.schedule.op import Kind, Op, Pool, Resource, Segment, Wait
 from flexpipe.schedule.step import MicroBatch
@@ -17,6 +17,11 @@ from flexpipe.schedule.step import MicroBatch
 # ops further back than this are looked up no more when edges are reduced; an extra edge is harmless
 _WINDOW = 4096
 _WINDOW_MASK = (1 << _WINDOW) - 1
+_KNOWN = f"known:{Pool.ROWS.value}"
+_PRODUCED = {pool: f"produced:{pool.value}" for pool in Pool}
+_READ = {**_PRODUCED, Pool.ROWS: _KNOWN}
+_FREED = {pool: f"freed:{pool.value}" for pool in Pool}
+_Need = tuple[int, str]  # an op to wait for, and why
 
 
 class Edges:
@@ -77,7 +82,7 @@ class Edges:
         if not ops:
             return
         made = self._name()
-        waits = self._reduced(made, [Wait(op, "strategy") for op in ops])
+        waits = self._reduced(made, [(op, "strategy") for op in ops])
         self._barrier = made
         self._iteration.clear()
         yield Op(made, Kind.BARRIER, step, layer, None, waits)
@@ -89,47 +94,46 @@ class Edges:
 
     def _needs(
         self, made: int, reads: tuple[Resource, ...], writes: tuple[Resource, ...]
-    ) -> list[Wait]:
+    ) -> list[_Need]:
         """True dependencies of an access list, and the new state of what it touches."""
         waits = []
         for resource in reads:
             writer = self._writer.get(resource)
             if writer is not None:
-                why = "known" if resource[0] == Pool.ROWS else "produced"
-                waits.append(Wait(writer, f"{why}:{resource[0].value}"))
+                waits.append((writer, _READ[resource[0]]))
             self._readers.setdefault(resource, []).append(made)
         for resource in writes:
+            pool = resource[0]
             readers = self._readers.pop(resource, ())
-            waits += [Wait(op, f"freed:{resource[0].value}") for op in readers if op != made]
+            waits += [(op, _FREED[pool]) for op in readers if op != made]
             writer = self._writer.get(resource)
             if writer is not None:
-                ordered = resource[0] == Pool.ORDER
-                why = f"order:{resource[1]}" if ordered else f"produced:{resource[0].value}"
-                waits.append(Wait(writer, why))
+                ordered = pool == Pool.ORDER
+                waits.append((writer, f"order:{resource[1]}" if ordered else _PRODUCED[pool]))
             self._writer[resource] = made
         if self._strategy == "none" and made:
-            waits.append(Wait(made - 1, "strategy"))
+            waits.append((made - 1, "strategy"))
         if self._barrier is not None:
-            waits.append(Wait(self._barrier, "strategy"))
+            waits.append((self._barrier, "strategy"))
         return waits
 
-    def _reduced(self, made: int, waits: list[Wait]) -> tuple[Wait, ...]:
+    def _reduced(self, made: int, waits: Sequence[_Need]) -> tuple[Wait, ...]:
         """Drop what a later op waited for already implies (transitive reduction)."""
         kept, known = [], 0
-        reasons: dict[int, str] = {op: why for op, why in waits if why.startswith("known:")}
+        reasons: dict[int, str] = {}
         for op, why in waits:
-            if reasons.get(op, "").startswith("known:"):
-                continue  # nothing else needs to be said: such an op cannot come sooner
-            told = reasons.get(op, "")
-            if why not in told.split("+"):
-                reasons[op] = f"{told}+{why}" if told else why
-        for wait in (Wait(op, reasons[op]) for op in sorted(reasons, reverse=True)):
-            distance = made - wait.op
+            told = reasons.get(op)
+            if told is None or why == _KNOWN:
+                reasons[op] = why  # of a COMMIT to come nothing else needs to be said
+            elif told != _KNOWN and why not in told.split("+"):
+                reasons[op] = f"{told}+{why}"
+        for op in sorted(reasons, reverse=True):
+            distance = made - op
             if known >> (distance - 1) & 1:
                 continue
-            kept.append(wait)
+            kept.append(Wait(op, reasons[op]))
             known |= 1 << (distance - 1)
-            known |= self._ancestors.get(wait.op, 0) << distance
+            known |= self._ancestors.get(op, 0) << distance
         self._ancestors[made] = known & _WINDOW_MASK
         self._ancestors.pop(made - _WINDOW, None)
         return tuple(kept)

@@ -6,7 +6,6 @@ slots, what it reads and writes, and which earlier ops it waits for. It holds no
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -160,8 +159,7 @@ class Wait(NamedTuple):
     why: str
 
 
-@dataclass(frozen=True, slots=True)
-class Op:
+class Op(NamedTuple):
     """One item of the schedule; an op appears after everything it waits for.
 
     `layer` is the position in the stage's layers. `reads` and `writes` are what it touches (a

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from typing import NamedTuple
 
-from flexpipe.schedule.op import LANE_OF, Kind, Lane, Op
+from flexpipe.schedule.op import Kind, Lane, Op
 from flexpipe.schedule.step import MicroBatch
 
 RUN_AHEAD = 512  # ops taken and not done
@@ -126,7 +126,7 @@ class _Running:
     hop_s: float
     left_s: float
     start_s: float
-    manner: Manner
+    manner: int  # its number
     speed: float = 1.0
     is_due: bool = False
 
@@ -219,7 +219,8 @@ class _Rank:
         self._running: dict[Lane, _Running] = {}
         self._is_blocked = False  # until the next COMMIT, or news of one
         self._step_s = _NEVER  # to the next moment at which an op begins or ends
-        self._speeds: dict[tuple[Manner, ...], tuple[float, ...]] = {}
+        self._manners = {_IDLE: 0}  # and their numbers
+        self._speeds: dict[tuple[int, ...], tuple[float, ...]] = {}  # of manners by number
 
     @property
     def next_s(self) -> float:
@@ -287,7 +288,8 @@ class _Rank:
                 hop_s = max(0.0, since_s + self._hop_s - self.now_s) + self._queue_s(cost)
                 start_s = self.now_s + hop_s
                 manner = Manner(cost.activity, cost.link, cost.duty, cost.calls)
-                self._running[lane] = _Running(op, cost, hop_s, cost.seconds, start_s, manner)
+                number = self._manners.setdefault(manner, len(self._manners))
+                self._running[lane] = _Running(op, cost, hop_s, cost.seconds, start_s, number)
 
     def _queue_s(self, cost: Cost) -> float:
         """What the op waits for in the queue of its device, which is half of what another one has
@@ -307,15 +309,22 @@ class _Rank:
         """Each running op's speed beside the others, and when the next one begins or ends."""
         self._meet()
         running = self._running.values()
-        key = tuple(_IDLE if one.hop_s > 0 else one.manner for one in running)
+        key = tuple([0 if one.hop_s > 0 else one.manner for one in running])
         speeds = self._speeds.get(key)
         if speeds is None:
-            speeds = self._speeds[key] = tuple(self._speed(key, i) for i in range(len(key)))
+            speeds = self._speeds[key] = self._speeds_of(key)
         step_s = _NEVER
         for one, speed in zip(running, speeds, strict=True):
             one.speed = speed
-            step_s = min(step_s, one.hop_s if one.hop_s > 0 else one.left_s / speed)
+            left_s = one.hop_s if one.hop_s > 0 else one.left_s / speed
+            if left_s < step_s:
+                step_s = left_s
         self._step_s = max(0.0, step_s)
+
+    def _speeds_of(self, key: tuple[int, ...]) -> tuple[float, ...]:
+        manners = list(self._manners)
+        beside = [manners[number] for number in key]
+        return tuple(self._speed(beside, index) for index in range(len(beside)))
 
     def _meet(self) -> None:
         """Messages whose turn has come wait for the other side."""
@@ -326,7 +335,7 @@ class _Rank:
                 if edge.begin(lane, self.now_s):
                     one.hop_s = 0.0
 
-    def _speed(self, key: tuple[Manner, ...], index: int) -> float:
+    def _speed(self, key: Sequence[Manner], index: int) -> float:
         own = key[index]
         sharing = sum(other.link == own.link for other in key) if own.link else 1
         factor, waiting = 1.0, self._slowdown.get(CALLS, 1.0) - 1
@@ -351,10 +360,10 @@ class _Rank:
 
     def _end(self, one: _Running) -> None:
         op, made, cost = one.op, self.made, one.cost
-        took_s = self.now_s - one.start_s
-        made.num_ops[LANE_OF[op.kind]] += 1
-        made.busy_s[LANE_OF[op.kind]] += took_s
-        made.work_s[LANE_OF[op.kind]] += cost.seconds
+        lane, took_s = op.lane, self.now_s - one.start_s
+        made.num_ops[lane] += 1
+        made.busy_s[lane] += took_s
+        made.work_s[lane] += cost.seconds
         if cost.link:
             made.link_bytes[cost.link] += cost.num_bytes
             made.link_busy_s[cost.link] += took_s
@@ -370,5 +379,5 @@ class _Rank:
             waiting.num_unmet -= 1
             if not waiting.num_unmet:
                 after = waiting.op
-                since_s = -_NEVER if after.lane == op.lane else self.now_s
+                since_s = -_NEVER if after.lane == lane else self.now_s
                 heappush(self._ready[after.lane], (after.id, after, since_s))

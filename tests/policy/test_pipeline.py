@@ -165,3 +165,14 @@ def test_where_no_large_block_fits_the_search_finds_what_the_rule_finds():
     assert plans == pipeline_by_rule(model, sites, halves)
     assert all(plan.shortfalls() == {} for plan in plans)
     assert plans[0].policy.max_batch_tokens < 2048
+
+
+@pytest.mark.parametrize("gpu_mib", [16, 30, 60])
+def test_a_coarse_search_comes_near_the_full_one(gpu_mib: int) -> None:
+    sites, arrangement = [site(gpu_mib)] * 2, Arrangement(num_stages=2, partition="even")
+    full, coarse = (
+        search_pipeline(MODEL, sites, arrangement, coarse=coarse) for coarse in (False, True)
+    )
+    assert full.best is not None and coarse.best is not None
+    assert 0.8 * full.best.run_s <= coarse.best.run_s <= 1.25 * full.best.run_s
+    assert len(coarse.others) < 2 and coarse.num_choices < full.num_choices

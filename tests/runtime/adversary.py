@@ -12,7 +12,7 @@ import random
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from flexpipe.job.probes import Probes
 from flexpipe.runtime.record import Recorder
@@ -83,7 +83,7 @@ class Adversary:
                 continue
             gate = Op(_GATES + op.id, Kind.BARRIER, op.step, op.layer, None, ())
             yield gate
-            yield replace(op, waits_for=(*op.waits_for, Wait(gate.id, "gate")))
+            yield op._replace(waits_for=(*op.waits_for, Wait(gate.id, "gate")))
 
     def _before(self, op: Op) -> None:
         first = op.id - _GATES if op.id >= _GATES else op.id

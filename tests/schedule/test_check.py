@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import pytest
 from hypothesis import assume, given, settings
@@ -57,7 +56,7 @@ def test_every_single_edge_that_is_dropped_is_missed(data):
     assume(edges)
     op, wait = data.draw(st.sampled_from(edges))
     kept = tuple(other for other in op.waits_for if other != wait)
-    mutant = [replace(op, waits_for=kept) if other is op else other for other in ops]
+    mutant = [op._replace(waits_for=kept) if other is op else other for other in ops]
     assert find_hazards(mutant), f"{op} need not wait for {wait}"
 
 
@@ -93,7 +92,7 @@ def problems(ops: Sequence[Op]) -> set[str]:
 
 def test_an_op_that_waits_for_a_later_one_is_found():
     ops = event_ops()
-    ops[3] = replace(ops[3], waits_for=(*ops[3].waits_for, Wait(ops[9].id, "produced:kv")))
+    ops[3] = ops[3]._replace(waits_for=(*ops[3].waits_for, Wait(ops[9].id, "produced:kv")))
     assert "waits for a later op" in problems(ops)
 
 
@@ -113,7 +112,7 @@ def test_a_reader_of_an_empty_slot_is_found():
     ops = event_ops()
     load = next(op for op in ops if op.kind == Kind.LOAD_WEIGHT)
     rest = [
-        replace(op, waits_for=tuple(wait for wait in op.waits_for if wait.op != load.id))
+        op._replace(waits_for=tuple(wait for wait in op.waits_for if wait.op != load.id))
         for op in ops
         if op is not load
     ]
@@ -136,7 +135,7 @@ def test_a_slot_that_holds_something_else_than_its_reader_wants_is_found(kind, p
     other = next(o for o in ops if o.kind == kind and (o.layer, o.mb) != (op.layer, op.mb))
     if pool == Pool.HIDDEN_SLOT:
         other = next(o for o in ops if o.kind == kind and o.mb != op.mb)
-    ops[index] = replace(op, layer=other.layer, batch=other.batch)
+    ops[index] = op._replace(layer=other.layer, batch=other.batch)
     found = [hazard for hazard in find_hazards(ops) if hazard.resource[0] == pool]
     assert {hazard.problem for hazard in found} & {
         "holds something else than its reader wants",
@@ -149,7 +148,7 @@ def test_a_load_into_the_wrong_slot_is_found():
     index, op = next((i, op) for i, op in enumerate(ops) if op.kind == Kind.LOAD_WEIGHT)
     assert op.weight_slot is not None
     wrong = (op.weight_slot + 1) % 2
-    ops[index] = replace(op, weight_slot=wrong, writes=((Pool.WEIGHT_SLOT, wrong, 0, 0),))
+    ops[index] = op._replace(weight_slot=wrong, writes=((Pool.WEIGHT_SLOT, wrong, 0, 0),))
     assert problems(ops)
 
 
@@ -164,8 +163,8 @@ def test_a_hazard_says_who_and_where():
 
 def test_must_precede_follows_edges_through_others():
     first, second, third = (Op(i, Kind.BARRIER, 0, 0, None, ()) for i in range(3))
-    second = replace(second, waits_for=(Wait(0, "strategy"),))
-    third = replace(third, waits_for=(Wait(1, "strategy"),))
+    second = second._replace(waits_for=(Wait(0, "strategy"),))
+    third = third._replace(waits_for=(Wait(1, "strategy"),))
     graph = Graph([first, second, third])
     assert graph.must_precede(first, third)
     assert not graph.must_precede(third, first)

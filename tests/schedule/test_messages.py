@@ -61,7 +61,7 @@ def test_every_single_edge_of_a_stage_is_needed(ops, data):
     assume(edges)
     op, wait = data.draw(st.sampled_from(edges))
     kept = tuple(other for other in op.waits_for if other != wait)
-    mutant = [replace(op, waits_for=kept) if other is op else other for other in ops]
+    mutant = [op._replace(waits_for=kept) if other is op else other for other in ops]
     assert find_hazards(mutant), f"{op} need not wait for {wait}"
 
 

@@ -115,7 +115,7 @@ def reordered(ops: Sequence[Op]) -> list[Op]:
             if last is not None:
                 waits = (*waits, Wait(last, "order:comm"))
             last = op.id
-        made.append(replace(op, waits_for=waits))
+        made.append(op._replace(waits_for=waits))
     return made
 
 
@@ -178,7 +178,7 @@ def test_a_rank_that_receives_before_it_sends_what_the_last_one_waits_for_is_fou
 
 
 def _without(op: Op, other: Op) -> Op:
-    return replace(op, waits_for=tuple(wait for wait in op.waits_for if wait.op != other.id))
+    return op._replace(waits_for=tuple(wait for wait in op.waits_for if wait.op != other.id))
 
 
 @pytest.mark.parametrize("rules", Rules)
@@ -266,9 +266,9 @@ def test_a_shard_that_asks_for_the_next_hidden_before_its_sum_is_found(rules):
     first, early, *_ = (op for op in ops if op.kind == Kind.RECEIVE_HIDDEN)
     assert first.id < ops[place].id < early.id
     before = (Wait(first.id, "order:receive"),)
-    held = replace(ops[place], waits_for=(*ops[place].waits_for, Wait(early.id, "order:comm")))
+    held = ops[place]._replace(waits_for=(*ops[place].waits_for, Wait(early.id, "order:comm")))
     rest = [op for op in ops[place + 1 :] if op is not early]
-    ranks[2] = [*ops[:place], replace(early, waits_for=before), held, *rest]
+    ranks[2] = [*ops[:place], early._replace(waits_for=before), held, *rest]
     found = find_problems(ranks, rules=rules, num_shards=2)
     assert {problem.rank for problem in found} == {0, 1, 2, 3}
     assert all(problem.what == "waits forever" for problem in found)

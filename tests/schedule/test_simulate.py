@@ -113,8 +113,7 @@ def test_the_order_that_was_played_is_a_program_without_hazards(data, seconds):
     spans = play(plan, data.draw(steps_for(plan)), PerKind(seconds)).spans
     renamed = {span.op.id: index for index, span in enumerate(spans)}
     ordered = [
-        dataclasses.replace(
-            span.op,
+        span.op._replace(
             id=renamed[span.op.id],
             waits_for=tuple(wait._replace(op=renamed[wait.op]) for wait in span.op.waits_for),
         )
