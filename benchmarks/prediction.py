@@ -2,8 +2,9 @@
 
 Jobs under unlike policies (`unlike_policies.py`), each predicted from this machine's profile and
 then run. The order keeps it honest, and the files in the directory given show it: the profile is
-measured first, all predictions are written next, only then do jobs run, a warm-up and three
-repetitions of each, every one in a process of its own. Run again, it goes on where it ended.
+measured first, all predictions are written next, only then do jobs run, every one in a process of
+its own, in three rounds of all jobs: a slow quarter of an hour then hits one run of a job and not
+all. Run again, it goes on where it ended.
 
 A third of the jobs, whose policies a seed draws, is held out: without --final they are neither run
 nor shown, so that what the others teach (--predict-again) is judged by jobs that taught nothing.
@@ -25,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -168,20 +170,20 @@ def predict_once(case: Case, directory: Path) -> dict[str, Any]:
 def run_all(
     directory: Path, cases: Sequence[Case], repetitions: int, cores: float, lock: Path | None
 ) -> None:
-    """Those without a result yet, one after the other."""
-    for case in cases:
+    """Round by round, each job once, but for what is there already."""
+    for done, case in product(range(repetitions), cases):
         path = _result(directory, case)
-        if path.exists():
+        kept = _read(path) if path.exists() else {"started_at": time.time(), "runs": []}
+        if len(kept["runs"]) > done:
             continue
-        print(f"{time.strftime('%H:%M:%S')} {case.name}", file=sys.stderr)
-        started_at = time.time()
+        print(f"{time.strftime('%H:%M:%S')} {done + 1} {case.name}", file=sys.stderr)
         with _held(lock):
-            _apart("--run", case, directory)  # compresses weights, warms the machine up
-            again = partial(_apart, "--run", case, directory)
-            taken = quietly(again, count=repetitions, cores=cores)
-        runs = [{**one.value, "others_cores": one.others} for one in taken]
+            if not done and case.compresses:
+                _apart("--run", case, directory)  # makes the files that others find
+            (taken,) = quietly(partial(_apart, "--run", case, directory), cores=cores)
+        runs = [*kept["runs"], {**taken.value, "others_cores": taken.others}]
         path.parent.mkdir(exist_ok=True)
-        _write(path, {"started_at": started_at, "machine": machine(), "runs": runs})
+        _write(path, {**kept, "machine": machine(), "runs": runs})
 
 
 def _apart(what: str, case: Case, directory: Path) -> dict[str, Any]:

@@ -48,6 +48,10 @@ class Case:
         return "cpu" if self.emulate is None else "emulated"
 
     @property
+    def compresses(self) -> bool:
+        return "compress_weight" in self.knobs or "compress_vocabulary" in self.knobs
+
+    @property
     def emulation(self) -> Emulation | None:
         return None if self.emulate is None else Emulation.parse(self.emulate)
 
@@ -203,7 +207,7 @@ KNOWN = (
 
 # -- jobs that nobody has seen ---------------------------------------------------------------------
 
-HELD_OUT_SEED = 20261122
+HELD_OUT_SEED = 20261123
 _NUM_HELD_OUT = len(KNOWN) // 2  # a third of all
 _AIM_S = 6.0  # of decoding, by the roughest of guesses
 _FLOPS, _MEMORY, _DISK = 250e9, 15e9, 2e9  # per second, to size them

@@ -7,25 +7,24 @@ tokens go, is the caller's.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 
 from flexpipe.job.measure import Measured, Ran
 from flexpipe.job.probes import Probes
-from flexpipe.memory.disk import DiskFile, physical_bytes_read
+from flexpipe.memory.disk import physical_bytes_read
 from flexpipe.memory.offload import OffloadDirectory
 from flexpipe.plan.hardware import reset_peak_rss
 from flexpipe.plan.plan import Plan
-from flexpipe.plan.tier import Tier
 from flexpipe.runtime.device import Device
 from flexpipe.runtime.dispatcher import Dispatcher
 from flexpipe.runtime.executor import execute
 from flexpipe.runtime.record import Recorder
 from flexpipe.runtime.stage import Commit, Stage
+from flexpipe.runtime.stores import reserved_files
 from flexpipe.runtime.transport import Transport
 from flexpipe.schedule.build import Steps
 
@@ -65,18 +64,14 @@ def compute(
     if probes.on_recorder is not None:
         probes.on_recorder(recorder)
     with ExitStack() as stack:
-        files = {
-            name: stack.enter_context(_reserved(offload.job / f"{name}.bin", num_bytes, device))
-            for name, num_bytes in _disk_bytes(plan).items()
-        }
+        files = stack.enter_context(reserved_files(plan, offload.job, device))
         reset_peak_rss()
         start = time.perf_counter()
         events.phase("loading")
         stage = Stage(
             plan,
             device,
-            kv_file=files.get("KV cache"),
-            hidden_file=files.get("hidden"),
+            files=files,
             commit=work.commit,
             transport=work.transport,
             before_op=probes.before_op,
@@ -122,14 +117,3 @@ def _cpu_s() -> float:
     times = psutil.Process().cpu_times()
     seconds: float = times.user + times.system
     return seconds
-
-
-@contextmanager
-def _reserved(path: Path, num_bytes: int, device: Device) -> Iterator[DiskFile]:
-    with DiskFile(path, "rw", stop=device.stop) as file:
-        file.reserve(num_bytes)
-        yield file
-
-
-def _disk_bytes(plan: Plan) -> Mapping[str, int]:
-    return {pool.name: pool.num_bytes for pool in plan.pools if pool.tier == Tier.DISK}

@@ -237,6 +237,7 @@ def _play(
             cost_of=one,
             slowdown=one.profile.slowdown,
             hop_s=one.profile.overhead("hop"),
+            dispatch_s=one.profile.overhead("dispatch"),
         )
         for mine, one in zip(ops, costs, strict=True)
     ]

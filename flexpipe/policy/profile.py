@@ -50,6 +50,7 @@ OVERHEADS = (
     "read_span",  # each further piece of a scattered read
     "write",  # the same of writes
     "write_span",
+    "dispatch",  # the interpreter's time that the dispatcher takes for an op, beside the lanes
     "hop",  # from an op's end to the start of one on another lane that waits for it
     "kernels",  # compiling what a CPU computes with, beside loading
     "commit",  # making tokens known
@@ -102,8 +103,8 @@ class Profile:
     does not read but for `h2d_pageable` and `d2h_pageable`, where host memory is not page-
     locked. `slowdown["compute", "disk_read"]` is how much longer compute takes while the disk
     is read, "compute_few" what does with fewer than `FEW_ROWS` rows, where that is known apart,
-    "calls" what lanes do beside their work, in the one interpreter that they share; a pair that is
-    absent does not disturb. `load` is numbers per second that loading
+    "calls" what lanes do beside their work, in the one interpreter that they share with the
+    dispatcher; a pair that is absent does not disturb. `load` is numbers per second that loading
     converts and packs, per dtype at home, and bytes per second of "pools" taken. `machine` and
     `mount` say where it was measured.
     """

@@ -95,6 +95,7 @@ def _again(costs: CostModel, plan: Plan, step: Mapping[int, MicroBatch]) -> Stea
         CostModel(plan, costs.profile, costs.emulation, averaged=True),
         slowdown=costs.profile.slowdown,
         hop_s=costs.profile.overhead("hop"),
+        dispatch_s=costs.profile.overhead("dispatch"),
         on_commit=script.commit,
         keep_spans=True,
     )

@@ -39,7 +39,7 @@ from flexpipe.profiling.machine import (
     worthwhile_dtypes,
 )
 
-METHOD = 3
+METHOD = 4
 
 log = logging.getLogger("flexpipe")
 

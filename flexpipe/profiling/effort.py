@@ -68,7 +68,7 @@ class Effort:
 FULL = Effort(
     quick=False,
     rounds=3,
-    window_s=0.05,
+    window_s=0.045,
     disk_window_s=0.3,
     weights=((512, 512), (1024, 1536), (4096, 4096), (14336, 4096)),
     rows=(1, 8, 32, 64, 128, 256, 1024, 4096),

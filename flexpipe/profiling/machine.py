@@ -85,6 +85,7 @@ def measure_profile(
             slowdown = _slowdowns(device, dtypes[-1], disk, effort)
         tries.append(_op_times(device, offload.job, effort))
     overhead_s = {**overheads(tries), **latencies, "kernels": first["kernels"]}
+    calls = calls_beside_calls(tries)
     return Profile(
         name=_name(device),
         date=datetime.date.today().isoformat(),
@@ -95,7 +96,7 @@ def measure_profile(
         compute=_rates(rates),
         host=host,
         overhead_s={name: overhead_s[name] for name in OVERHEADS},
-        slowdown={**slowdown, CALLS: calls_beside_calls(tries)},
+        slowdown={**slowdown, CALLS: calls},
         load={**_flat(rates, "load"), "pools": first["pools"]},
         details=_curves(links, "details"),
         threads=torch.get_num_threads(),

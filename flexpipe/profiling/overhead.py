@@ -1,9 +1,9 @@
 """What an op costs beside its work: a model of next to no work, run by the engine itself.
 
-Times come from the recorder of real runs, of one row and of many, with everything beside the device
-and with a KV cache that crosses the host links. `commit` reaches to the first layer of the next
-step, less the op that embeds: in between the step is formed and its first ops are built, and what
-its layers share is built by that op.
+Times come from the recorder of real runs, of one row and of many, with everything beside the
+device, with a KV cache that crosses the host links, and with all lanes at work. `commit` reaches to
+the first layer of the next step, less the op that embeds: in between the step is formed and its
+first ops are built, and what its layers share is built by that op.
 """
 
 from __future__ import annotations
@@ -29,10 +29,13 @@ from flexpipe.runtime.device import open_device
 from flexpipe.runtime.executor import execute
 from flexpipe.runtime.record import Recorder, Span
 from flexpipe.runtime.stage import SampledToken, Stage
-from flexpipe.schedule.op import Kind, Lane
+from flexpipe.runtime.stores import reserved_files
+from flexpipe.schedule.op import Kind
+from flexpipe.schedule.simulate import COMPUTING
 from flexpipe.schedule.step import MicroBatch, Row
 
 MANY_ROWS = 32
+_BLOCK_ROWS, _BLOCK = 8, 4
 _MOST_S, _LEAST_STEPS = 0.5, 4  # of one run
 _MODEL = {
     "model_type": "llama",
@@ -63,14 +66,15 @@ def op_times(device: str, directory: Path, num_steps: int) -> dict[str, float]:
     """
     away = "emulated" if device == "cpu" else device
 
-    def run(name: str, home: Tier, rows: int, *, mixed: bool = False) -> _Run:
-        policy = _policy(home, Tier.CPU if name == "cpu" else Tier.GPU, rows)
+    def run(name: str, home: Tier, rows: int, *, block: int = 1, mixed: bool = False) -> _Run:
+        policy = _policy(home, Tier.CPU if name == "cpu" else Tier.GPU, rows, block)
         return _Run.make(name, directory, policy, num_steps, mixed=mixed)
 
     beside = Tier.CPU if device == "cpu" else Tier.GPU
     one, many = (run(device, beside, rows) for rows in (1, MANY_ROWS))
     mixed = run(device, beside, MANY_ROWS, mixed=True)
     moving, moving_many = (run(away, Tier.CPU, rows) for rows in (1, MANY_ROWS))
+    still, busy = (run(away, home, _BLOCK_ROWS, block=_BLOCK) for home in (Tier.GPU, Tier.DISK))
     return {
         "layer": one.median_s(one.is_layer),
         "layer_many": many.median_s(many.is_layer),
@@ -79,41 +83,49 @@ def op_times(device: str, directory: Path, num_steps: int) -> dict[str, float]:
         "hop": moving.hop_s(),
         "commit": one.commit_s(),
         "commit_many": many.commit_s(),
-        "calls": moving.median_s(moving.is_layer) / one.median_s(one.is_layer),
-        "beside": moving.beside_layers(),
+        "dispatch": one.dispatch_s,
+        "calls": busy.mean_s(busy.is_layer) / still.mean_s(still.is_layer),
+        "beside": busy.beside_layers(),
+        "ops": busy.ops_per_second(),
         "move": moving.median_s(_is_move),
         "move_many": moving_many.median_s(_is_move),
     }
 
 
 def overheads(tries: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Seconds for all of `flexpipe.policy.profile.OVERHEADS` but "read".
-
-    Of some tries the least of each time counts: what else runs on a machine only adds to it.
-    """
-    least = {name: min(one[name] for one in tries) for name in tries[0]}
-    commit_s, row_s = _split(least["commit"], least["commit_many"])
-    move_s, copy_s = _split(least["move"], least["move_many"])
-    mixed_s = max(0.0, least["layer_mixed"] - least["layer_many"])
+    """Seconds for all of `flexpipe.policy.profile.OVERHEADS` that ops of the engine tell: the mean
+    of some tries, since jobs meet what holds a try up as well."""
+    mean = {name: statistics.fmean(one[name] for one in tries) for name in tries[0]}
+    commit_s, row_s = _split(mean["commit"], mean["commit_many"])
+    move_s, copy_s = _split(mean["move"], mean["move_many"])
+    mixed_s = max(0.0, mean["layer_mixed"] - mean["layer_many"])
     return {
-        "layer": least["layer"],
+        "layer": mean["layer"],
         "group": mixed_s / (MANY_ROWS - 1),
-        "other": least["other"],
+        "other": mean["other"],
         "move": move_s + copy_s,
         "copy": copy_s,
-        "hop": least["hop"],
-        "commit": max(0.0, commit_s - least["hop"] - least["layer"]),
+        "dispatch": mean["dispatch"],
+        "hop": mean["hop"],
+        "commit": max(0.0, commit_s - mean["hop"] - mean["layer"]),
         "commit_row": row_s,
     }
 
 
-def calls_beside_calls(tries: Sequence[Mapping[str, float]]) -> float:
-    """How much longer a lane's calls take while another lane makes calls all the time.
+def calls_beside_calls(
+    tries: Sequence[Mapping[str, float]],
+) -> float:
+    """How much longer a lane's calls take while another one makes calls all the time.
 
-    Computing a layer is nothing but calls here, and so is what moves beside it, for a part of its
-    time."""
-    factors = (1 + (one["calls"] - 1) / one["beside"] for one in tries if one["beside"])
-    return max(1.0, min(factors, default=1.0))
+    Computing a layer is nothing but calls here, and so is what lanes do beside it, and what the
+    dispatcher does for every op, so much of the time."""
+    beside = [one["beside"] + one["ops"] * one["dispatch"] for one in tries]
+    factors = [
+        1 + (one["calls"] - 1) / at_once
+        for one, at_once in zip(tries, beside, strict=True)
+        if at_once
+    ]
+    return max(1.0, statistics.fmean(factors or [1.0]))
 
 
 def _split(one_s: float, many_s: float) -> tuple[float, float]:
@@ -122,10 +134,21 @@ def _split(one_s: float, many_s: float) -> tuple[float, float]:
     return max(0.0, one_s - per_row_s), per_row_s
 
 
-def _policy(home: Tier, beside: Tier, rows: int) -> Policy:
-    """Weights and KV cache at `home`, the hidden beside the device."""
-    at_home, near = Shares(**{home.value: 1.0}), Shares(**{beside.value: 1.0})
-    return Policy(weights=at_home, kv_cache=at_home, hidden=near, micro_batch_size=rows)
+def _policy(home: Tier, beside: Tier, rows: int, block: int) -> Policy:
+    """The KV cache at `home`, and weights as far away, but not on disk, where a read of theirs
+    would take long; the hidden beside the device unless all is on disk."""
+    kv_cache, near = _all_on(home), _all_on(beside)
+    return Policy(
+        weights=_all_on(Tier.CPU) if home == Tier.DISK else kv_cache,
+        kv_cache=kv_cache,
+        hidden=kv_cache if home == Tier.DISK else near,
+        micro_batch_size=rows,
+        num_micro_batches=block,
+    )
+
+
+def _all_on(tier: Tier) -> Shares:
+    return Shares(**{tier.value: 1.0})
 
 
 def _is_move(span: Span) -> bool:
@@ -133,17 +156,21 @@ def _is_move(span: Span) -> bool:
 
 
 class _Rows:
-    """One micro-batch of rows that decode for some steps: the least that a job must do.
+    """A block of rows that decode for some steps: the least that a job must do.
 
     Where other work holds them up they are fewer. With `mixed` every other row takes two tokens a
     step, so that no two neighbours attend together.
     """
 
-    def __init__(self, num_rows: int, num_steps: int, *, mixed: bool) -> None:
+    def __init__(self, num_rows: int, block: int, num_steps: int, *, mixed: bool) -> None:
         self._mixed = mixed
-        self._next: tuple[Row, ...] | None = tuple(
-            Row(place, place, 0, (3, 4), True) for place in range(num_rows)
-        )
+        self._next: dict[int, tuple[Row, ...]] = {
+            mb: tuple(
+                Row(mb * num_rows + place, place, 0, (3, 4), True) for place in range(num_rows)
+            )
+            for mb in range(block)
+        }
+        self._block = block
         self._num_steps = num_steps
         self._end = time.perf_counter() + _MOST_S
 
@@ -152,13 +179,13 @@ class _Rows:
         return None if index == self._num_steps or late else self._step()
 
     def _step(self) -> Iterator[MicroBatch | None]:
-        while self._next is None:
-            yield None
-        rows, self._next = self._next, None
-        yield MicroBatch(0, rows)
+        for mb in range(self._block):
+            while mb not in self._next:
+                yield None
+            yield MicroBatch(mb, self._next.pop(mb))
 
     def commit(self, batch: MicroBatch, sampled: Sequence[SampledToken]) -> None:
-        self._next = tuple(
+        self._next[batch.index] = tuple(
             Row(row.request, row.place, row.num_context + row.num_new, self._new(row, one), True)
             for row, one in zip(batch.rows, sampled, strict=True)
         )
@@ -169,10 +196,11 @@ class _Rows:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """A run's plan and the times of its ops, by op."""
+    """A run's plan, the times of its ops, by op, and what the dispatcher computed for each."""
 
     plan: Plan
     spans: Mapping[int, Span]
+    dispatch_s: float
 
     @classmethod
     def make(
@@ -180,23 +208,28 @@ class _Run:
     ) -> _Run:
         device = open_device(device_name, _FAST if device_name == "emulated" else None)
         config = read_config(_MODEL)
+        num_rows, block = policy.micro_batch_size, policy.num_micro_batches
         plan = Planner(
             config,
-            [Need(2, 2 * num_steps)] * policy.micro_batch_size,
+            [Need(2, 2 * num_steps)] * (num_rows * block),
             dummy_tensors(config, cache_dir=directory),
             _ROOMY,
             device_tier=device.tier,
             compute_dtype="float32",
         )(policy)
-        rows = _Rows(policy.micro_batch_size, num_steps, mixed=mixed)
+        rows = _Rows(num_rows, block, num_steps, mixed=mixed)
         recorder = Recorder(keep_spans=True)
-        stage = Stage(plan, device, kv_file=None, hidden_file=None, commit=rows.commit)
-        try:
-            stage.load(lambda num_bytes: None)
-            execute(plan, device, stage, rows.steps, recorder)
-        finally:
-            stage.close()
-        return cls(plan, {span.op.id: span for span in recorder.spans})
+        with reserved_files(plan, directory, device) as files:
+            stage = Stage(plan, device, files=files, commit=rows.commit)
+            try:
+                stage.load(lambda num_bytes: None)
+                before_s = time.thread_time()
+                execute(plan, device, stage, rows.steps, recorder)
+                dispatch_s = time.thread_time() - before_s
+            finally:
+                stage.close()
+        spans = {span.op.id: span for span in recorder.spans}
+        return cls(plan, spans, dispatch_s / len(spans))
 
     def median_s(self, wanted: Callable[[Span], bool]) -> float:
         """Of an op's time, prefill left out."""
@@ -205,6 +238,19 @@ class _Run:
             for span in self.spans.values()
             if span.op.step and wanted(span)
         )
+
+    def mean_s(self, wanted: Callable[[Span], bool]) -> float:
+        """The same, of those that something held up too."""
+        return statistics.fmean(
+            span.end_s - span.start_s
+            for span in self.spans.values()
+            if span.op.step and wanted(span)
+        )
+
+    def ops_per_second(self) -> float:
+        """Prefill left out."""
+        spans = [span for span in self.spans.values() if span.op.step]
+        return len(spans) / (max(s.end_s for s in spans) - min(s.start_s for s in spans))
 
     def is_layer(self, span: Span) -> bool:
         decoder = self.plan.layers[span.op.layer].kind == LayerKind.DECODER
@@ -216,7 +262,7 @@ class _Run:
     def beside_layers(self) -> float:
         """Lanes at work beside a layer's computing, on the mean."""
         layers = sorted((s.start_s, s.end_s) for s in self.spans.values() if self.is_layer(s))
-        others = [s for s in self.spans.values() if s.op.lane != Lane.COMPUTE]
+        others = [s for s in self.spans.values() if s.op.lane not in COMPUTING]
         starts = np.array([start for start, _ in layers])
         ends = np.array([end for _, end in layers])
         both_s = sum(

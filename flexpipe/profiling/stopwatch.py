@@ -2,8 +2,9 @@
 
 What is to be measured is data: a `Task` says what it does how much of, and turns of it are
 timed, on an accelerator many at a time, since those return before they are done. A window's rate is
-the mean of its turns, a task's the median of some rounds, which lie seconds apart: what a machine
-keeps up, since jobs run for long, and not what it does at its best.
+the mean of its turns, a task's the harmonic mean of some rounds, which lie seconds apart: that is
+what a machine keeps up, since jobs run for long and meet its slow moments too, and not what it does
+at its best.
 """
 
 from __future__ import annotations
@@ -74,11 +75,11 @@ class Stopwatch:
 
 
 def rate_all(sources: Sequence[TaskSource], watch: Stopwatch, rounds: int) -> Rated:
-    """The rate of every task, the median of its rounds; what a source holds is freed before the
-    next one's turn."""
+    """The rate of every task over all its rounds; what a source holds is freed before the next
+    one's turn."""
     found: dict[Key, list[float]] = defaultdict(list)
     for _ in range(rounds):
         for source in sources:
             for task in source():
                 found[task.key].append(watch.rate(task))
-    return {key: statistics.median(rates) for key, rates in found.items()}
+    return {key: statistics.harmonic_mean(rates) for key, rates in found.items()}

@@ -9,7 +9,7 @@ Shapes: R sampled rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -55,23 +55,22 @@ class Stage:
         plan: Plan,
         device: Device,
         *,
-        kv_file: DiskFile | None,
-        hidden_file: DiskFile | None,
+        files: Mapping[str, DiskFile],
         commit: Commit | None,
         transport: Transport | None = None,
         before_op: OpHook | None = None,
         poison: bool = False,
     ) -> None:
-        """Take every pool. Only the first stage of a pipeline commits; `transport` reaches the
-        others. `before_op` and `poison` are for tests: a hook called first in every op, and slots
-        that hold rubbish until they are filled."""
+        """Take every pool; `files` are those of `reserved_files`. Only the first stage of a
+        pipeline commits; `transport` reaches the others. `before_op` and `poison` are for tests: a
+        hook called first in every op, and slots that hold rubbish until they are filled."""
         self.plan = plan
         self._device = device
         self._commit_rows = commit
         self._transport = transport
         self._before_op = before_op
         self._poison = poison
-        self.stores = Stores(plan, device, kv_file=kv_file, hidden_file=hidden_file)
+        self.stores = Stores(plan, device, files)
         self._layouts = Layouts(plan, device, self.stores.kv_cache)
         if poison:
             poison_all(self.stores)

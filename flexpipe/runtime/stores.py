@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
 from flexpipe.memory.buffers import Buffers
 from flexpipe.memory.disk import DiskCounter, DiskFile, DiskReader
 from flexpipe.memory.hidden import HiddenStore
@@ -10,20 +14,32 @@ from flexpipe.memory.queries import QueryStore
 from flexpipe.memory.tier import TierMemory
 from flexpipe.memory.weights import WeightStore
 from flexpipe.plan.plan import Plan
+from flexpipe.plan.tier import Tier
 from flexpipe.runtime.device import Device
+
+
+@contextmanager
+def reserved_files(plan: Plan, directory: Path, device: Device) -> Iterator[Mapping[str, DiskFile]]:
+    """A file in `directory` for every pool on disk, by the pool's name, with all its room taken."""
+    with ExitStack() as stack:
+        files = {}
+        for pool in plan.pools:
+            if pool.tier == Tier.DISK:
+                file = DiskFile(directory / f"{pool.name}.bin", "rw", stop=device.stop)
+                files[pool.name] = stack.enter_context(file)
+                file.reserve(pool.num_bytes)
+        yield files
 
 
 class Stores:
     """Where the tensors of a stage rest, and where they pass."""
 
-    def __init__(
-        self, plan: Plan, device: Device, *, kv_file: DiskFile | None, hidden_file: DiskFile | None
-    ) -> None:
+    def __init__(self, plan: Plan, device: Device, files: Mapping[str, DiskFile]) -> None:
         self.memory = TierMemory(device.torch_device, pin=plan.policy.pin_weights)
         self._reader = DiskReader(counter=DiskCounter(), stop=device.stop)
         self.weights = WeightStore(plan, self.memory, self._reader)
-        self.kv_cache = KvCache(plan, self.memory, kv_file)
-        self.hidden = HiddenStore(plan, self.memory, hidden_file)
+        self.kv_cache = KvCache(plan, self.memory, files.get("KV cache"))
+        self.hidden = HiddenStore(plan, self.memory, files.get("hidden"))
         self.queries = QueryStore(plan, self.memory)
         self.buffers = Buffers(plan, self.memory, pin_tokens=device.has_streams)
 

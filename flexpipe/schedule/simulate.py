@@ -36,8 +36,8 @@ class Cost:
     `duty` is the share of its time in which it occupies what `activity` names, for slowdowns; an
     op that mostly waits for its link neither disturbs nor is disturbed. `link` is shared evenly by
     the ops on it, but one that comes waits for what another has in flight: `in_flight_s` of it.
-    `calls` is the share of its time that goes into calls; those of all lanes come from one
-    interpreter and slow each other down as the pair ("calls", "calls") says.
+    `calls` is the share of its time that goes into calls; those of all lanes, and the dispatcher,
+    come from one interpreter and slow each other down as the pair ("calls", "calls") says.
     """
 
     seconds: float
@@ -61,10 +61,12 @@ class Manner(NamedTuple):
     link: str = ""
     duty: float = 0.0
     calls: float = 0.0
+    held: float = 0.0  # share of its time in which it holds the interpreter: calls and dispatcher
 
 
 _IDLE = Manner()
 CALLS = ("calls", "calls")
+_TURNS = 8  # until waits and shares agree
 
 
 CostOf = Callable[[Op], Cost]
@@ -76,13 +78,14 @@ class RankOps:
     """What one rank plays, and the machine it has for it.
 
     `hop_s` passes between an op's end and the start of one on another, idle lane that waited for
-    it.
+    it. For every op the dispatcher holds the interpreter for `dispatch_s`, beside the lanes.
     """
 
     ops: Iterator[Op | None]
     cost_of: CostOf
     slowdown: Pairs
     hop_s: float = 0.0
+    dispatch_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +147,7 @@ def simulate(
     *,
     slowdown: Pairs,
     hop_s: float = 0.0,
+    dispatch_s: float = 0.0,
     on_commit: OnCommit = lambda batch, now_s: None,
     keep_spans: bool = False,
 ) -> Simulated:
@@ -151,7 +155,7 @@ def simulate(
     dropped, as in a run. `on_commit` is told when a micro-batch's tokens are known, before more ops
     are taken.
     """
-    part = RankOps(ops=ops, cost_of=cost_of, slowdown=slowdown, hop_s=hop_s)
+    part = RankOps(ops=ops, cost_of=cost_of, slowdown=slowdown, hop_s=hop_s, dispatch_s=dispatch_s)
     return simulate_ranks([part], on_commit=on_commit, keep_spans=keep_spans)[0]
 
 
@@ -212,6 +216,7 @@ class _Rank:
         self._cost_of = part.cost_of
         self._slowdown = part.slowdown
         self._hop_s = part.hop_s
+        self._dispatch_s = part.dispatch_s
         self._on_commit = on_commit
         self._keep_spans = keep_spans
         self._pending: dict[int, _Waiting] = {}
@@ -287,7 +292,9 @@ class _Rank:
                 cost = self._cost_of(op)
                 hop_s = max(0.0, since_s + self._hop_s - self.now_s) + self._queue_s(cost)
                 start_s = self.now_s + hop_s
-                manner = Manner(cost.activity, cost.link, cost.duty, cost.calls)
+                dispatched = self._dispatch_s / cost.seconds if cost.seconds else 0.0
+                held = min(1.0, cost.calls + dispatched)
+                manner = Manner(cost.activity, cost.link, cost.duty, cost.calls, held)
                 number = self._manners.setdefault(manner, len(self._manners))
                 self._running[lane] = _Running(op, cost, hop_s, cost.seconds, start_s, number)
 
@@ -324,7 +331,8 @@ class _Rank:
     def _speeds_of(self, key: tuple[int, ...]) -> tuple[float, ...]:
         manners = list(self._manners)
         beside = [manners[number] for number in key]
-        return tuple(self._speed(beside, index) for index in range(len(beside)))
+        waits = _interpreter_waits(beside, self._slowdown.get(CALLS, 1.0) - 1)
+        return tuple(self._speed(beside, index, wait) for index, wait in enumerate(waits))
 
     def _meet(self) -> None:
         """Messages whose turn has come wait for the other side."""
@@ -335,14 +343,14 @@ class _Rank:
                 if edge.begin(lane, self.now_s):
                     one.hop_s = 0.0
 
-    def _speed(self, key: Sequence[Manner], index: int) -> float:
-        own = key[index]
-        sharing = sum(other.link == own.link for other in key) if own.link else 1
-        factor, waiting = 1.0, self._slowdown.get(CALLS, 1.0) - 1
-        for place, other in enumerate(key):
+    def _speed(self, beside: Sequence[Manner], index: int, wait: float) -> float:
+        own = beside[index]
+        sharing = sum(other.link == own.link for other in beside) if own.link else 1
+        factor = 1 + own.calls * wait
+        for place, other in enumerate(beside):
             if place != index:
                 disturbed = self._slowdown.get((own.activity, other.activity), 1.0) - 1
-                factor *= 1 + disturbed * other.duty + waiting * own.calls * other.calls
+                factor *= 1 + disturbed * other.duty
         return 1 / (sharing * max(1.0, own.duty * factor))
 
     def _move(self, step_s: float) -> None:
@@ -381,3 +389,20 @@ class _Rank:
                 after = waiting.op
                 since_s = -_NEVER if after.lane == lane else self.now_s
                 heappush(self._ready[after.lane], (after.id, after, since_s))
+
+
+def _interpreter_waits(beside: Sequence[Manner], most: float) -> list[float]:
+    """How much longer calls take for each op that runs, where one other that does nothing but calls
+    makes them take `most` longer.
+
+    An op whose calls wait is in them for a larger share of its time, and so holds up the others
+    for longer: shares and waits follow from each other.
+    """
+    waits = [0.0] * len(beside)
+    for _ in range(_TURNS if most else 0):
+        shares = [
+            one.held * (1 + wait) / (1 + one.held * wait)
+            for one, wait in zip(beside, waits, strict=True)
+        ]
+        waits = [most * (sum(shares) - share) for share in shares]
+    return waits

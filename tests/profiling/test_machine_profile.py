@@ -154,11 +154,26 @@ def test_slowdowns_are_of_both_ways_and_never_below_one() -> None:
 
 
 def test_calls_are_slowed_by_what_of_the_time_others_call() -> None:
-    tries = [{"calls": 3.0, "beside": 0.5}, {"calls": 2.0, "beside": 0.25}]
+    def told(calls: float, beside: float, ops: float = 0.0) -> dict[str, float]:
+        return {"calls": calls, "beside": beside, "ops": ops, "dispatch": 1e-4}
+
+    tries = [told(3.0, 0.5), told(2.0, 0.25)]
     assert calls_beside_calls(tries) == 5.0
-    assert calls_beside_calls([*tries, {"calls": 1.2, "beside": 0.1}]) == pytest.approx(3.0)
-    assert calls_beside_calls([{"calls": 0.9, "beside": 0.3}]) == 1.0
-    assert calls_beside_calls([{"calls": 1.5, "beside": 0.0}]) == 1.0  # nothing to tell it by
+    assert calls_beside_calls([*tries, told(1.2, 0.1)]) == pytest.approx((5 + 5 + 3) / 3)
+    assert calls_beside_calls([told(3.0, 0.25, 2500)]) == 5.0  # the dispatcher is one of them
+    assert calls_beside_calls([told(0.9, 0.3)]) == 1.0
+    assert calls_beside_calls([told(1.5, 0.0)]) == 1.0  # nothing to tell it by
+
+
+def test_a_rate_is_that_of_all_rounds_together() -> None:
+    class Slower(Stopwatch):
+        def __init__(self) -> None:
+            self._rates = iter([4.0, 4.0, 1.0])
+
+        def rate(self, task: Task) -> float:
+            return next(self._rates)
+
+    assert rate_all([lambda: iter([task("copy")])], Slower(), 3) == {("copy",): 2.0}
 
 
 def test_turns_of_a_task_count_up_from_its_first() -> None:

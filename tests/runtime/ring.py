@@ -23,7 +23,7 @@ from flexpipe.errors import RunError
 from flexpipe.job.batcher import Admitted, Batcher, Entry, Finished
 from flexpipe.job.params import SamplingParams
 from flexpipe.memory.checkpoint import open_directory
-from flexpipe.memory.disk import DiskFile, Stopped
+from flexpipe.memory.disk import Stopped
 from flexpipe.memory.form import FormCache
 from flexpipe.memory.shards import shard_tensors
 from flexpipe.model.config import Shard, shard_config
@@ -39,6 +39,7 @@ from flexpipe.runtime.dispatcher import Dispatcher
 from flexpipe.runtime.executor import execute
 from flexpipe.runtime.record import Recorder
 from flexpipe.runtime.stage import OpHook, Stage
+from flexpipe.runtime.stores import reserved_files
 from flexpipe.schedule.step import MicroBatch, Row
 from tests.runtime.jobs import FAST
 
@@ -324,17 +325,10 @@ class _Run:
     def _stage(
         self, rank: int, plan: Plan, device: Device, folder: Path, stack: ExitStack
     ) -> Stage:
-        files = {}
-        for pool in plan.pools:
-            if pool.tier == Tier.DISK:
-                file = DiskFile(folder / f"{pool.name}.bin", "rw", stop=device.stop)
-                files[pool.name] = stack.enter_context(file)
-                file.reserve(pool.num_bytes)
         stage = Stage(
             plan,
             device,
-            kv_file=files.get("KV cache"),
-            hidden_file=files.get("hidden"),
+            files=stack.enter_context(reserved_files(plan, folder, device)),
             commit=self.batcher.commit if rank == 0 else None,
             transport=Neighbours(
                 self._edges[rank - self._num_shards],

@@ -75,7 +75,11 @@ def op(id: int, kind: Kind, *before: int) -> Op:
 
 
 def play_ops(
-    costs: Sequence[tuple[Op, Cost]], *, slowdown: Pairs | None = None, hop_s: float = 0.0
+    costs: Sequence[tuple[Op, Cost]],
+    *,
+    slowdown: Pairs | None = None,
+    hop_s: float = 0.0,
+    dispatch_s: float = 0.0,
 ) -> tuple[Simulated, dict[int, tuple[float, float]]]:
     """A few ops, then a COMMIT that waits for all; what it came to, and each op's start and end."""
     known = {one.id: cost for one, cost in costs}
@@ -93,6 +97,7 @@ def play_ops(
         lambda one: known.get(one.id, Cost(0.0)),
         slowdown=slowdown or {},
         hop_s=hop_s,
+        dispatch_s=dispatch_s,
         on_commit=lambda batch, now_s: committed.append(batch),
         keep_spans=True,
     )
