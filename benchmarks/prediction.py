@@ -145,9 +145,10 @@ def _figures(report: Report) -> dict[str, Any]:
     }
 
 
-def write_profile(directory: Path) -> None:
-    """The machine's, as `flexpipe profile` measures it."""
-    (taken,) = quietly(lambda: measure_profile("cpu", directory / "offload", quick=False))
+def write_profile(directory: Path, rounds: int | None, cores: float) -> None:
+    """The machine's, as `flexpipe profile --rounds` measures it."""
+    measure = partial(measure_profile, "cpu", directory / "offload", quick=False, rounds=rounds)
+    (taken,) = quietly(measure, cores=cores)
     _write(directory / "pace.json", {"others_cores": taken.others, **pace()})
     (directory / PROFILE).write_text(render_profile(taken.value), encoding="utf-8")
 
@@ -324,6 +325,7 @@ def main() -> int:
     parser.add_argument("directory", type=Path, help="keeps profile, predictions, runs, models")
     parser.add_argument("--final", action="store_true", help="run and show the held-out jobs too")
     parser.add_argument("--predict-again", action="store_true", help="with the code as it is now")
+    parser.add_argument("--profile-rounds", type=int, help="those of flexpipe profile --rounds")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument(
         "--others",
@@ -345,7 +347,7 @@ def main() -> int:
     directory.mkdir(parents=True, exist_ok=True)
     with _held(args.lock):
         if not (directory / PROFILE).exists():
-            write_profile(directory)
+            write_profile(directory, args.profile_rounds, args.others)
         if args.predict_again or not (directory / PREDICTIONS).exists():
             write_predictions(directory)
     cases = [case for case in CASES if args.final or case.name not in HELD_OUT]

@@ -30,6 +30,12 @@ log = logging.getLogger("flexpipe")
 @click.option("--refresh", is_flag=True, help="Measure again even if a profile is kept.")
 @click.option("--quick", is_flag=True, help="Under 20 seconds instead of up to 2 minutes.")
 @click.option(
+    "--rounds",
+    type=click.IntRange(1, 1000),
+    help="Measure again, every rate so often instead of 3 times: more, some 30 s each, for a "
+    "machine whose pace changes from minute to minute.",
+)
+@click.option(
     "-o",
     "--output-file",
     "output_path",
@@ -42,6 +48,7 @@ def profile(
     offload_dir: Path | None,
     refresh: bool,
     quick: bool,
+    rounds: int | None,
     output_path: Path | None,
     as_json: bool,
 ) -> None:
@@ -61,8 +68,9 @@ def profile(
     found = machine_profile(
         device,
         directory,
-        refresh=refresh,
+        refresh=refresh or rounds is not None,
         quick=quick,
+        rounds=rounds,
         progress=lambda what: log.info("measuring %s", what),
     )
     if output_path is not None:

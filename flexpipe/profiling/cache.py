@@ -59,13 +59,14 @@ def machine_profile(
     *,
     refresh: bool = False,
     quick: bool = True,
+    rounds: int | None = None,
     progress: Tell = lambda what: None,
     measure: Measure | None = None,
 ) -> Profile:
     """This machine's profile, which knows at least `dtypes`; measured if there is none yet.
 
     An emulated accelerator has its CPU's. `refresh` measures in any case; without `quick` a quick
-    profile does not do.
+    profile does not do. `rounds` are those of `measure_profile`.
     """
     if given := os.environ.get(PROFILE_VARIABLE):
         return _checked(read_profile(Path(given)), device)
@@ -74,7 +75,9 @@ def machine_profile(
     path = profile_path(device, offload_dir)
     offload_dir.mkdir(parents=True, exist_ok=True)
     with file_lock(offload_dir / "profile.lock"):  # ranks of one host must not measure each other
-        return _measured(path, device, offload_dir, dtypes, refresh, quick, progress, measure)
+        return _measured(
+            path, device, offload_dir, dtypes, refresh, quick, rounds, progress, measure
+        )
 
 
 def _measured(
@@ -84,6 +87,7 @@ def _measured(
     dtypes: Sequence[str],
     refresh: bool,
     quick: bool,
+    rounds: int | None,
     progress: Tell,
     measure: Measure,
 ) -> Profile:
@@ -97,7 +101,7 @@ def _measured(
             "some 20 s" if quick else "up to 2 minutes",
             "does it more exactly" if quick else "--refresh does it again",
         )
-    made = measure.whole(device, offload_dir, dtypes, quick=quick, progress=progress)
+    made = measure.whole(device, offload_dir, dtypes, quick=quick, rounds=rounds, progress=progress)
     if known is not None and made.quick and not known.quick:
         log.info("kept the full profile of %s in %s", known.date, path)
         return made

@@ -58,15 +58,18 @@ def measure_profile(
     dtypes: Sequence[str] = (),
     *,
     quick: bool,
+    rounds: int | None = None,
     progress: Tell = lambda what: None,
     effort: Effort | None = None,
 ) -> Profile:
     """This machine, with `offload_dir` on its disk; `progress` is told what is measured next.
+    `rounds` of every rate instead of the usual number say what it keeps up for longer.
 
     An emulated accelerator has its CPU's profile. No `dtypes` means those worth computing in.
     """
     device = measured_device(device_name)
     effort = (effort or (QUICK if quick else FULL)).within(free_memory())
+    effort = replace(effort, rounds=rounds or effort.rounds)
     dtypes = dtypes or worthwhile_dtypes(device.torch_device)
     first = {"pools": _populating(), "kernels": _compiling(dtypes[-1])}  # as a process begins
     with OffloadDirectory(offload_dir) as offload:
