@@ -71,7 +71,7 @@ def measure_profile(
     effort = (effort or (QUICK if quick else FULL)).within(free_memory())
     effort = replace(effort, rounds=rounds or effort.rounds)
     dtypes = dtypes or worthwhile_dtypes(device.torch_device)
-    first = {"pools": _populating(), "kernels": _compiling(dtypes[-1])}  # as a process begins
+    kernels_s = _compiling(dtypes[-1])  # as a process begins
     with OffloadDirectory(offload_dir) as offload:
         memory = usable_memory(device, offload.path)
         progress("what ops cost beside their work")
@@ -87,7 +87,8 @@ def measure_profile(
             progress("how activities disturb each other")
             slowdown = _slowdowns(device, dtypes[-1], disk, effort)
         tries.append(_op_times(device, offload.job, effort))
-    overhead_s = {**overheads(tries), **latencies, "kernels": first["kernels"]}
+    pools = _populating()  # at last, when what others left before this began is no longer at hand
+    overhead_s = {**overheads(tries), **latencies, "kernels": kernels_s}
     calls = calls_beside_calls(tries)
     return Profile(
         name=_name(device),
@@ -100,7 +101,7 @@ def measure_profile(
         host=host,
         overhead_s={name: overhead_s[name] for name in OVERHEADS},
         slowdown={**slowdown, CALLS: calls},
-        load={**_flat(rates, "load"), "pools": first["pools"]},
+        load={**_flat(rates, "load"), "pools": pools},
         details=_curves(links, "details"),
         threads=torch.get_num_threads(),
         quick=effort.quick,

@@ -216,9 +216,16 @@ class Fake:
     asked: list[tuple[Any, ...]] = field(default_factory=list)
 
     def whole(
-        self, device: str, offload_dir: Path, dtypes: Sequence[str], *, quick: bool, progress: Any
+        self,
+        device: str,
+        offload_dir: Path,
+        dtypes: Sequence[str],
+        *,
+        quick: bool,
+        rounds: int | None,
+        progress: Any,
     ) -> Profile:
-        self.asked.append(("whole", tuple(dtypes), quick))
+        self.asked.append(("whole", tuple(dtypes), rounds or quick))
         return profile(*dtypes, quick=quick)
 
     def dtypes(
@@ -280,6 +287,12 @@ def test_a_quick_profile_gives_way_to_a_full_one_and_never_the_other_way(
     assert ask("float32", refresh=True).quick
     assert not ask("float32").quick
     assert [quick for *_, quick in fake.asked] == [True, False, True]
+
+
+def test_more_rounds_are_asked_for_when_it_is_measured_again(ask: Ask, fake: Fake) -> None:
+    ask("float32")
+    ask("float32", quick=False, refresh=True, rounds=9)
+    assert fake.asked[1:] == [("whole", ("float32",), 9)]
 
 
 @pytest.mark.parametrize("text", ["", "name: [", "name: x\ndevice: cpu\n"])
