@@ -71,7 +71,7 @@ def measure_profile(
     effort = (effort or (QUICK if quick else FULL)).within(free_memory())
     effort = replace(effort, rounds=rounds or effort.rounds)
     dtypes = dtypes or worthwhile_dtypes(device.torch_device)
-    kernels_s = _compiling(dtypes[-1])  # as a process begins
+    pools, kernels_s = _populating(), _compiling(dtypes[-1])  # as a process begins
     with OffloadDirectory(offload_dir) as offload:
         memory = usable_memory(device, offload.path)
         progress("what ops cost beside their work")
@@ -87,7 +87,7 @@ def measure_profile(
             progress("how activities disturb each other")
             slowdown = _slowdowns(device, dtypes[-1], disk, effort)
         tries.append(_op_times(device, offload.job, effort))
-    pools = _populating()  # at last, when what others left before this began is no longer at hand
+    pools = min(pools, _populating())  # what others left behind is no longer at hand by now
     overhead_s = {**overheads(tries), **latencies, "kernels": kernels_s}
     calls = calls_beside_calls(tries)
     return Profile(
@@ -248,11 +248,15 @@ def _host(dtypes: Sequence[str], effort: Effort, progress: Tell) -> Rates:
 
 
 def _populating() -> float:
-    """Bytes per second of pools taken. Some at once, since the first come from what is at hand, and
-    a virtual machine's host may take twenty times as long to give more."""
-    start = time.perf_counter()
-    slabs = [populated(_POOL_BYTES, "measuring how fast pools are taken") for _ in range(_POOLS)]
-    return sum(slab.numel() for slab in slabs) / (time.perf_counter() - start)
+    """Bytes per second of the slowest of some pools that are taken one after the other: the first
+    come from what is at hand, and a virtual machine's host may take twenty times as long to give
+    more."""
+    slabs, rates = [], []
+    for _ in range(_POOLS):
+        start = time.perf_counter()
+        slabs.append(populated(_POOL_BYTES, "measuring how fast pools are taken"))
+        rates.append(_POOL_BYTES / (time.perf_counter() - start))
+    return min(rates)
 
 
 def _compiling(dtype: str) -> float:
