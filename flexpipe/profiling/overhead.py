@@ -23,8 +23,9 @@ from flexpipe.plan.hardware import Emulation
 from flexpipe.plan.layer import LayerKind
 from flexpipe.plan.plan import Budgets, Plan
 from flexpipe.plan.planner import Planner
-from flexpipe.plan.policy import Policy, Shares
+from flexpipe.plan.policy import Policy
 from flexpipe.plan.tier import Tier
+from flexpipe.policy.shares import all_on
 from flexpipe.runtime.device import open_device
 from flexpipe.runtime.executor import execute
 from flexpipe.runtime.record import Recorder, Span
@@ -112,9 +113,7 @@ def overheads(tries: Sequence[Mapping[str, float]]) -> dict[str, float]:
     }
 
 
-def calls_beside_calls(
-    tries: Sequence[Mapping[str, float]],
-) -> float:
+def calls_beside_calls(tries: Sequence[Mapping[str, float]]) -> float:
     """How much longer a lane's calls take while another one makes calls all the time.
 
     Computing a layer is nothing but calls here, and so is what lanes do beside it, and what the
@@ -137,18 +136,14 @@ def _split(one_s: float, many_s: float) -> tuple[float, float]:
 def _policy(home: Tier, beside: Tier, rows: int, block: int) -> Policy:
     """The KV cache at `home`, and weights as far away, but not on disk, where a read of theirs
     would take long; the hidden beside the device unless all is on disk."""
-    kv_cache, near = _all_on(home), _all_on(beside)
+    kv_cache, near = all_on(home), all_on(beside)
     return Policy(
-        weights=_all_on(Tier.CPU) if home == Tier.DISK else kv_cache,
+        weights=all_on(Tier.CPU) if home == Tier.DISK else kv_cache,
         kv_cache=kv_cache,
         hidden=kv_cache if home == Tier.DISK else near,
         micro_batch_size=rows,
         num_micro_batches=block,
     )
-
-
-def _all_on(tier: Tier) -> Shares:
-    return Shares(**{tier.value: 1.0})
 
 
 def _is_move(span: Span) -> bool:
