@@ -148,7 +148,7 @@ def _figures(report: Report) -> dict[str, Any]:
 def write_profile(directory: Path, rounds: int | None, cores: float) -> None:
     """The machine's, as `flexpipe profile --rounds` measures it."""
     measure = partial(measure_profile, "cpu", directory / "offload", quick=False, rounds=rounds)
-    (taken,) = quietly(measure, cores=cores)
+    taken = quietly(measure, cores=cores)
     _write(directory / "pace.json", {"others_cores": taken.others, **pace()})
     (directory / PROFILE).write_text(render_profile(taken.value), encoding="utf-8")
 
@@ -181,7 +181,7 @@ def run_all(
         with _held(lock):
             if not done and case.compresses:
                 _apart("--run", case, directory)  # makes the files that others find
-            (taken,) = quietly(partial(_apart, "--run", case, directory), cores=cores)
+            taken = quietly(partial(_apart, "--run", case, directory), cores=cores)
         runs = [*kept["runs"], {**taken.value, "others_cores": taken.others}]
         path.parent.mkdir(exist_ok=True)
         _write(path, {**kept, "machine": machine(), "runs": runs})

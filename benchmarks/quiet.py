@@ -30,19 +30,16 @@ class Taken(Generic[T]):
     others: float
 
 
-def quietly(
-    measure: Callable[[], T], *, count: int = 1, tries: int = 3, cores: float = QUIET_CORES
-) -> list[Taken[T]]:
-    """`count` measurements that nobody disturbed, of at most `tries` times as many; else the least
-    disturbed ones. In the order in which they were taken."""
+def quietly(measure: Callable[[], T], *, tries: int = 3, cores: float = QUIET_CORES) -> Taken[T]:
+    """The first of some measurements that nobody disturbed; if none, the least disturbed one."""
     taken: list[Taken[T]] = []
-    while sum(one.others <= cores for one in taken) < count and len(taken) < count * tries:
+    for _ in range(tries):
         _wait_until_quiet(cores)
         taken.append(beside(measure))
-        if taken[-1].others > cores:
-            print(f"others kept {taken[-1].others:.2f} cores busy", file=sys.stderr)
-    kept = sorted(taken, key=lambda one: one.others)[:count]
-    return [one for one in taken if one in kept]
+        if taken[-1].others <= cores:
+            break
+        print(f"others kept {taken[-1].others:.2f} cores busy", file=sys.stderr)
+    return min(taken, key=lambda one: one.others)
 
 
 def beside(measure: Callable[[], T]) -> Taken[T]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
-from math import inf
 from typing import Any
 
 from flexpipe.errors import PolicyError
@@ -57,13 +56,10 @@ def _choose(given: Mapping[str, Any], make: MakePlan, device_tier: Tier, num_row
     modest: Plan | None = None
     refusal: PolicyError | None = None
     for knobs in _shapes(given, num_rows):
-        most_s = inf if best is None else CLEARLY * best.cost_s
         try:
-            plan = _with_weights({**knobs, **given}, make, device_tier, most_s)
+            plan = _with_weights({**knobs, **given}, make, device_tier)
         except PolicyError as error:
             refusal = refusal or error
-            continue
-        if plan is None:
             continue
         if plan.shortfalls():
             modest = plan
@@ -71,7 +67,7 @@ def _choose(given: Mapping[str, Any], make: MakePlan, device_tier: Tier, num_row
         choice = _Choice(plan, _seconds_per_row(plan))
         if choice.cost_s == 0:
             return plan
-        if choice.cost_s < most_s:
+        if best is None or choice.cost_s < CLEARLY * best.cost_s:
             best = choice
     if best is not None:
         return best.plan
@@ -124,11 +120,8 @@ def _free(given: Mapping[str, Any], name: str, values: Any) -> tuple[Any, ...]:
     return (None,) if name in given else tuple(values)
 
 
-def _with_weights(
-    knobs: dict[str, Any], make: MakePlan, device_tier: Tier, most_s: float
-) -> Plan | None:
-    """The plan for these knobs with as many weights as fit on the fastest tiers; None where the
-    moves of the KV cache alone come to `most_s` per row."""
+def _with_weights(knobs: dict[str, Any], make: MakePlan, device_tier: Tier) -> Plan:
+    """The plan for these knobs with as many weights as fit on the fastest tiers."""
     tiers = list(Tier)[list(Tier).index(device_tier) :]
     if isinstance(knobs.get("kv_cache"), int):
         index = knobs["kv_cache"]
@@ -141,8 +134,6 @@ def _with_weights(
     plan = make(Policy(**knobs, weights=_all_on(device_tier)))
     if not plan.shortfalls():
         return plan
-    if _cache_seconds_per_row(plan) >= most_s:
-        return None
     if "resident_dtype" not in knobs:
         smaller = make(Policy(**knobs, weights=_all_on(device_tier), resident_dtype="checkpoint"))
         if not smaller.shortfalls():
@@ -188,26 +179,13 @@ def _seconds_per_row(plan: Plan) -> float:
     """Nominal seconds that one step's moves take, per row of the block."""
     disk = sum(layer.streamed.read_bytes for layer in plan.layers)
     host = sum(layer.streamed.num_bytes for layer in plan.layers) if plan.streams_to_device else 0
-    return _nominal_s(disk, host) / _num_rows(plan) + _cache_seconds_per_row(plan)
-
-
-def _cache_seconds_per_row(plan: Plan) -> float:
-    """The same of the KV cache's moves."""
-    disk = host = 0
     for mb in plan.micro_batches:
         room = mb.region_tokens * plan.token_bytes * plan.num_decoder_layers
         disk += len(mb.places(Tier.DISK)) * room
         if plan.streams_to_device:
             host += len(plan.slot_places(mb)) * room
-    return _nominal_s(disk, host) / _num_rows(plan)
-
-
-def _nominal_s(disk: int, host: int) -> float:
-    return disk / _DISK_BYTES_PER_S + host / _HOST_BYTES_PER_S
-
-
-def _num_rows(plan: Plan) -> int:
-    return sum(mb.num_places for mb in plan.micro_batches)
+    rows = sum(mb.num_places for mb in plan.micro_batches)
+    return (disk / _DISK_BYTES_PER_S + host / _HOST_BYTES_PER_S) / rows
 
 
 def _all_on(tier: Tier) -> Shares:

@@ -87,7 +87,7 @@ def measure_profile(
             progress("how activities disturb each other")
             slowdown = _slowdowns(device, dtypes[-1], disk, effort)
         tries.append(_op_times(device, offload.job, effort))
-    pools = min(pools, _populating())  # what others left behind is no longer at hand by now
+    pools = min(pools, _populating())  # what is at hand may have run out since
     overhead_s = {**overheads(tries), **latencies, "kernels": kernels_s}
     calls = calls_beside_calls(tries)
     return Profile(

@@ -66,7 +66,7 @@ class Manner(NamedTuple):
 
 _IDLE = Manner()
 CALLS = ("calls", "calls")
-_TURNS = 8  # until waits and shares agree
+_TURNS = 8  # by then waits and shares agree well enough
 
 
 CostOf = Callable[[Op], Cost]
