@@ -194,15 +194,15 @@ class ComputeCost:
             surface = rates.packed.get(self._dtype) if resident else None
             surface = surface or self._surface(rates.matmul)
             return flops / surface.rate(elements, rows)
+        source = placed.dtype if placed.codec is None else placed.codec.bits
+        kind = f"{source}>{self._dtype}"
+        converted = rates.converted.get(kind)
+        if converted is not None:
+            return flops / converted.rate(elements, rows)
         if placed.codec is None:
-            kind = f"{placed.dtype}>{self._dtype}"
             seconds = elements / self._rate(rates.convert, kind, "convert")
         else:
-            kind = f"{placed.codec.bits}>{self._dtype}"
             seconds = elements / self._rate(rates.widen, kind, "widen")
-        converted = rates.converted.get(self._dtype)
-        if converted is not None:
-            return seconds + flops / converted.rate(rows)
         size = min(elements, CONVERT_ELEMENTS)
         return seconds + flops / self._surface(rates.matmul).rate(size, rows)
 

@@ -232,13 +232,7 @@ def _play(
     ops = [schedule(one.plan, known) for one, known in zip(costs, relay.steps, strict=True)]
     ops[0] = counted(ops[0])
     parts = [
-        RankOps(
-            ops=mine,
-            cost_of=one,
-            slowdown=one.profile.slowdown,
-            hop_s=one.profile.overhead("hop"),
-            dispatch_s=one.profile.overhead("dispatch"),
-        )
+        RankOps(ops=mine, cost_of=one, pace=one.profile.pace)
         for mine, one in zip(ops, costs, strict=True)
     ]
     return simulate_ranks(parts, on_commit=on_commit, keep_spans=keep_spans)

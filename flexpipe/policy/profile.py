@@ -12,6 +12,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import yaml
 from flexpipe.errors import FlexpipeError, InputError, PolicyError
 from flexpipe.plan.tier import Tier
 from flexpipe.policy.curve import Curve, Surface
+from flexpipe.schedule.simulate import Pace
 from flexpipe.units import (
     format_bytes,
     format_flops,
@@ -63,8 +65,9 @@ class Rates:
     """What one compute device does per second.
 
     Of products: FLOPs by the weight's elements and the rows that meet it, per compute dtype;
-    those of a weight that stays at home may be `packed`, and `converted`, by rows, is with a
-    slice that was converted a moment ago and lies in the caches. Of attention: FLOPs of new
+    those of a weight that stays at home may be `packed`, and `converted` are those of a weight
+    that is converted or widened on the way, slice by slice, which their time includes
+    ("bfloat16>float32", "4>bfloat16"). Of attention: FLOPs of new
     tokens by the new tokens per row ("float32/64" are those of narrow heads), bytes of KV cache for
     decoding rows by the bytes of one call, of a compressed cache under "4>float32" (and FLOPs where
     many query heads share a head of the cache). Numbers per second for what goes over them once:
@@ -75,7 +78,7 @@ class Rates:
 
     matmul: Mapping[str, Surface]
     packed: Mapping[str, Surface] = field(default_factory=dict)
-    converted: Mapping[str, Curve] = field(default_factory=dict)
+    converted: Mapping[str, Surface] = field(default_factory=dict)
     prefill_attention: Mapping[str, Curve] = field(default_factory=dict)
     decode_attention: Mapping[str, Curve] = field(default_factory=dict)
     decode_attention_flops: Mapping[str, float] = field(default_factory=dict)
@@ -104,9 +107,10 @@ class Profile:
     locked. `slowdown["compute", "disk_read"]` is how much longer compute takes while the disk
     is read, "compute_few" what does with fewer than `FEW_ROWS` rows, where that is known apart,
     "calls" what lanes do beside their work, in the one interpreter that they share with the
-    dispatcher; a pair that is absent does not disturb. `load` is numbers per second that loading
-    converts and packs, per dtype at home, and bytes per second of "pools" taken. `machine` and
-    `mount` say where it was measured.
+    dispatcher; a pair that is absent does not disturb. `wake_s` is what a lane that computes takes
+    to wake, by the seconds in which nothing came to it; between two it is straight. `load` is
+    numbers per second that loading converts and packs, per dtype at home, and bytes per second of
+    "pools" taken. `machine` and `mount` say where it was measured.
     """
 
     name: str
@@ -119,6 +123,7 @@ class Profile:
     host: Rates | None = None  # of the CPU beside an accelerator, for attention there
     overhead_s: Mapping[str, float] = field(default_factory=dict)
     slowdown: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    wake_s: Mapping[float, float] = field(default_factory=dict)
     load: Mapping[str, float] = field(default_factory=dict)
     details: Mapping[str, Curve] = field(default_factory=dict)
     threads: int = 1
@@ -154,6 +159,24 @@ class Profile:
     def computing(self, rows: int) -> str:
         """The activity that computing with so many rows is."""
         return "compute_few" if rows < FEW_ROWS and self._knows_few else "compute"
+
+    @cached_property
+    def pace(self) -> Pace:
+        """How the lanes of a rank that runs here get along."""
+        points = [(0.0, 0.0), *sorted(self.wake_s.items())]
+
+        def wake_s(idle_s: float) -> float:
+            for (least_s, least), (most_s, most) in pairwise(points):
+                if idle_s < most_s:
+                    return least + (most - least) * (idle_s - least_s) / (most_s - least_s)
+            return points[-1][1]
+
+        return Pace(
+            slowdown=self.slowdown,
+            hop_s=self.overhead("hop"),
+            wake_s=wake_s,
+            dispatch_s=self.overhead("dispatch"),
+        )
 
     @cached_property
     def _knows_few(self) -> bool:
@@ -209,6 +232,10 @@ def parse_profile(content: Any) -> Profile:
             for name, item in overheads.items()
         },
         slowdown=_slowdown(values.get("slowdown") or {}),
+        wake_s={
+            _item(parse_seconds, "wake_s", idle): _item(parse_seconds, f"wake_s.{idle}", item)
+            for idle, item in _known(values.get("wake_s") or {}, "wake_s").items()
+        },
         load=_map("load", values.get("load") or {}, parse_items),
         details={
             str(name): _curve(f"details.{name}", item, parse_rate, parse_bytes)
@@ -227,7 +254,7 @@ def _rates(where: str, content: Any) -> Rates:
         raise PolicyError(f"{where} needs matmul")
     read: dict[str, Any] = {}
     for name, item in values.items():
-        if name in ("matmul", "packed"):
+        if name in ("matmul", "packed", "converted"):
             read[name] = {
                 str(dtype): _surface(f"{where}.{name}.{dtype}", some)
                 for dtype, some in _known(item, f"{where}.{name}").items()
@@ -324,7 +351,6 @@ def _item(read: Callable[[Any], float], where: str, value: Any) -> Any:
 
 
 _CURVE_UNITS: Mapping[str, tuple[Callable[[str], float], Callable[[Any], float]]] = {
-    "converted": (parse_flops, float),
     "prefill_attention": (parse_flops, float),
     "decode_attention": (parse_rate, parse_bytes),
     "elementwise": (parse_items, parse_items),
@@ -362,6 +388,11 @@ def render_profile(profile: Profile) -> str:
             if others:
                 pairs = ", ".join(f"{other}: {factor:.2f}" for other, factor in others.items())
                 lines.append(f"  {one}: {{{pairs}}}")
+    if profile.wake_s:
+        waking = [(format_seconds(idle), format_seconds(s)) for idle, s in profile.wake_s.items()]
+        pairs = ", ".join(f"{idle}: {s}" for idle, s in waking)
+        lines += ["", "# what a lane takes to wake and compute, by how long it was idle"]
+        lines += [f"wake_s: {{{pairs}}}"]
     if profile.load:
         lines += ["", "# numbers brought home while loading, by their dtype there", "load:"]
         lines += [f"  {key}: {format_items(rate)}" for key, rate in profile.load.items()]
@@ -376,16 +407,16 @@ def _rates_lines(rates: Rates) -> list[str]:
     for name, what in (
         ("matmul", "products: by the weight's elements, then by the rows that meet it"),
         ("packed", "the same with weights in the kernels' own layout"),
+        ("converted", "the same with weights that are converted on the way, slice by slice"),
     ):
         surfaces: Mapping[str, Surface] = getattr(rates, name)
         if surfaces:
             lines += [f"  # {what}", f"  {name}:"]
         for dtype, surface in surfaces.items():
-            lines.append(f"    {dtype}:")
+            lines.append(f"    {_scalar(dtype)}:")
             for size, curve in zip(surface.sizes, surface.curves, strict=True):
                 lines.append(f"      {_count(size)}: {_points(curve, _number, format_flops)}")
     curves: tuple[tuple[str, str, Any, Any], ...] = (
-        ("converted", "with a slice of a weight that was just converted", _number, format_flops),
         ("prefill_attention", "by new tokens per row", _number, format_flops),
         ("decode_attention", "KV cache read, by the bytes of one call", format_bytes, format_rate),
         ("elementwise", "numbers normed, by their count", _count, format_items),

@@ -93,9 +93,7 @@ def _again(costs: CostModel, plan: Plan, step: Mapping[int, MicroBatch]) -> Stea
     made = simulate(
         schedule(plan, script.steps),
         CostModel(plan, costs.profile, costs.emulation, averaged=True),
-        slowdown=costs.profile.slowdown,
-        hop_s=costs.profile.overhead("hop"),
-        dispatch_s=costs.profile.overhead("dispatch"),
+        costs.profile.pace,
         on_commit=script.commit,
         keep_spans=True,
     )

@@ -17,12 +17,13 @@ class Effort:
     burst than it stays), and rounds.
 
     `weights` are out and in features, the smallest first, `rows` what meets them, as far as a
-    product stays within `most_flops`. `prefill` is new tokens per row, `decode` bytes of KV cache,
+    product stays within `most_flops`, `converted_rows` what meets those that are converted on the
+    way. `prefill` is new tokens per row, `decode` bytes of KV cache,
     `compressed_tokens` tokens of a compressed one, `norm` tokens of 2048 numbers. `copies` and
     `transfers` are bytes that links move at once, `file_bytes` the file on disk they move from and
     to, `held_bytes` what is rotated over so that nothing comes from a processor's caches. Pairs of
-    activities have windows of their own; `op_steps` are steps of the model that shows what ops
-    cost.
+    activities have windows of their own, so many a round; `op_steps` are steps of the model that
+    shows what ops cost, `wakes` how often a lane is left idle.
     """
 
     quick: bool
@@ -31,6 +32,7 @@ class Effort:
     disk_window_s: float
     weights: tuple[tuple[int, int], ...]
     rows: tuple[int, ...]
+    converted_rows: tuple[int, ...]
     most_flops: float
     prefill: tuple[int, ...]
     decode: tuple[int, ...]
@@ -43,6 +45,7 @@ class Effort:
     pair_windows: int
     pair_s: float
     op_steps: int
+    wakes: int
 
     def within(self, memory_bytes: int) -> Effort:
         """The same with nothing larger than a sixteenth of the memory, but for the least sizes."""
@@ -72,6 +75,7 @@ FULL = Effort(
     disk_window_s=0.3,
     weights=((512, 512), (1024, 1536), (4096, 4096), (14336, 4096)),
     rows=(1, 8, 32, 64, 128, 256, 1024, 4096),
+    converted_rows=(1, 16, 128, 1024),
     most_flops=4e10,
     prefill=(64, 256, 1024, 2048),
     decode=(256 * KIB, 2 * MIB, 16 * MIB, 64 * MIB, 256 * MIB),
@@ -81,9 +85,10 @@ FULL = Effort(
     transfers=(64 * KIB, MIB, 16 * MIB, 128 * MIB),
     file_bytes=2048 * MIB,
     held_bytes=256 * MIB,
-    pair_windows=5,
-    pair_s=0.1,
+    pair_windows=4,
+    pair_s=0.05,
     op_steps=60,
+    wakes=30,
 )
 QUICK = Effort(
     quick=True,
@@ -92,6 +97,7 @@ QUICK = Effort(
     disk_window_s=0.08,
     weights=((512, 512), (1024, 1536), (4096, 4096)),
     rows=(1, 8, 64, 256, 1024),
+    converted_rows=(1, 16, 256),
     most_flops=1e10,
     prefill=(64, 512),
     decode=(256 * KIB, 16 * MIB, 128 * MIB),
@@ -104,4 +110,5 @@ QUICK = Effort(
     pair_windows=2,
     pair_s=0.04,
     op_steps=12,
+    wakes=6,
 )

@@ -40,6 +40,7 @@ from flexpipe.profiling.overhead import calls_beside_calls, op_times, overheads
 from flexpipe.profiling.products import PAIR_ROWS, ProductTasks
 from flexpipe.profiling.slowdown import slowdowns
 from flexpipe.profiling.stopwatch import Rated, Stopwatch, Task, TaskSource, rate_all
+from flexpipe.profiling.wake import wake_times
 from flexpipe.runtime.device import Device, open_device
 from flexpipe.runtime.usable import usable_memory
 from flexpipe.schedule.simulate import CALLS
@@ -72,6 +73,7 @@ def measure_profile(
     effort = replace(effort, rounds=rounds or effort.rounds)
     dtypes = dtypes or worthwhile_dtypes(device.torch_device)
     pools, kernels_s = _populating(), _compiling(dtypes[-1])  # as a process begins
+    waking = _waking(device, effort)
     with OffloadDirectory(offload_dir) as offload:
         memory = usable_memory(device, offload.path)
         progress("what ops cost beside their work")
@@ -101,6 +103,7 @@ def measure_profile(
         host=host,
         overhead_s={name: overhead_s[name] for name in OVERHEADS},
         slowdown={**slowdown, CALLS: calls},
+        wake_s=waking,
         load={**_flat(rates, "load"), "pools": pools},
         details=_curves(links, "details"),
         threads=torch.get_num_threads(),
@@ -267,6 +270,14 @@ def _compiling(dtype: str) -> float:
     return time.perf_counter() - start
 
 
+def _waking(device: Device, effort: Effort) -> dict[float, float]:
+    """An accelerator's streams do not sleep."""
+    if device.torch_device != CPU:
+        return {}
+    with _threads_kept():
+        return wake_times(effort.wakes, torch.get_num_threads())
+
+
 def _slowdowns(
     device: Device, dtype: str, disk: DiskTasks, effort: Effort
 ) -> dict[tuple[str, str], float]:
@@ -283,7 +294,7 @@ def _slowdowns(
             return slowdowns(
                 tasks,
                 num_threads=torch.get_num_threads(),
-                windows=effort.pair_windows,
+                windows=effort.pair_windows * effort.rounds,
                 window_s=effort.pair_s,
             )
 
@@ -297,7 +308,7 @@ def _rates(found: Rated) -> Rates:
     forms: Mapping[str, Callable[[Rated, str], Mapping[str, Any]]] = {
         "matmul": _surfaces,
         "packed": _surfaces,
-        "converted": _curves,
+        "converted": _surfaces,
         "prefill_attention": _curves,
         "decode_attention": _curves,
         "elementwise": _curves,

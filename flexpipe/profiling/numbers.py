@@ -59,5 +59,7 @@ class Numbers:
         drawn = self.taken((few, codec.row_bytes(size)), "uint8")
         compress(self.drawn((few, size), "float32"), codec, drawn)
         rows = self.taken((num_rows, codec.row_bytes(size)), "uint8")
-        rows.view(-1, few, rows.shape[1]).copy_(drawn)
+        whole = num_rows // few * few
+        rows[:whole].view(-1, few, rows.shape[1]).copy_(drawn)
+        rows[whole:] = drawn[: num_rows - whole]
         return rows

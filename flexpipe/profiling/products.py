@@ -1,7 +1,8 @@
 """Products of a device, as tasks for the stopwatch: weights plain, packed, converted, compressed.
 
-Weights are rotated over, so that they come from memory as they do in a run; only a slice that is
-multiplied right after its conversion stays in the caches.
+Weights are met as in a run. Those that stay come from memory: many are rotated over. On a CPU a
+plain one has just been brought to a slot by another lane, whose core's caches hold it, so that it
+takes up to a fifth longer; a resident one is packed there, if it is of any size.
 
 Shapes as in `flexpipe.model.matmul`.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
@@ -36,6 +38,8 @@ PAIR_ROWS = {"compute": 64, "compute_few": 8}  # of products whose pace beside o
 _SLICE = (CONVERT_ELEMENTS // 4096, 4096)  # of a weight, as `multiply` converts it
 _HOME = (4096, 4096)  # what is loaded
 _NUM_BETWEEN = 4  # weights that are met between small pieces of work
+_NUM_SLOTS = 2
+_AWAKE = (64, 256, 256)  # rows, in and out features of a product that keeps a team awake
 
 
 class ProductTasks:
@@ -79,47 +83,89 @@ class ProductTasks:
     def _products(self, dtype: str, shape: tuple[int, int]) -> Iterator[Task]:
         plain = [self._memory.drawn(shape, dtype) for _ in range(_count(shape, dtype))]
         elements = math.prod(shape)
-        yield from self._multiplied(("matmul", dtype, elements), plain)
+        key: Key = ("matmul", dtype, elements)
+        if self._memory.device.type == "cpu":
+            yield from self._brought(key, plain)
+        else:
+            yield from self._multiplied(key, plain)
         if packs(shape, torch_dtype(dtype), self._memory.device):
             buffer = torch.empty(PACK_BYTES, dtype=torch.uint8)
             packed = [_packed(weight, buffer) for weight in plain]
             del plain
             yield from self._multiplied(("packed", dtype, elements), packed)
 
+    def _brought(self, key: Key, homes: Sequence[Tensor]) -> Iterator[Task]:
+        """Another thread copies a weight to a slot before every product, untimed; that the
+        computing team may have gone to sleep meanwhile is a matter of its own."""
+        slots = [homes[0].clone() for _ in range(_NUM_SLOTS)]
+        dtype = str(key[1])
+        x_TI, small = (self._memory.drawn(shape, dtype) for shape in (_AWAKE[:2], _AWAKE[1:]))
+        awake = torch.mm(x_TI, small)
+
+        def bring(turn: int) -> None:
+            lane.submit(copy, slots[turn % len(slots)], homes[turn % len(homes)]).result()
+            torch.mm(x_TI, small, out=awake)
+
+        @torch.inference_mode()
+        def copy(slot: Tensor, home: Tensor) -> None:
+            slot.copy_(home)
+
+        with ThreadPoolExecutor(1, initializer=partial(torch.set_num_threads, 1)) as lane:
+            yield from self._multiplied(key, slots, before=bring)
+
     def _multiplied(
-        self, key: Key, weights: Sequence[Tensor] | Sequence[PackedWeight]
+        self,
+        key: Key,
+        weights: Sequence[Weight],
+        rows: Sequence[int] | None = None,
+        before: Callable[[int], object] | None = None,
     ) -> Iterator[Task]:
         """With some rows after others, as far as effort allows."""
         num_out, num_in = weights[0].shape
-        dtype, room = str(key[1]), self._memory.workspace(0)
-        for rows in self._effort.rows:
-            flops = 2 * rows * num_out * num_in
+        dtype, room = str(key[1]).split(">")[-1], self._memory.workspace()
+        for num_rows in rows or self._effort.rows:
+            flops = 2 * num_rows * num_out * num_in
             if flops > self._effort.most_flops:
                 return
-            x_TI = self._memory.drawn((rows, num_in), dtype)
-            out_TO = self._memory.drawn((rows, num_out), dtype)
+            x_TI = self._memory.drawn((num_rows, num_in), dtype)
+            out_TO = self._memory.drawn((num_rows, num_out), dtype)
             yield Task(
-                key=(*key, rows),
+                key=(*key, num_rows),
                 amount=flops,
                 work=partial(_multiply_by, weights, x_TI, out_TO, room),
+                before=before,
             )
 
     def _conversions(self, dtype: str) -> Iterator[Task]:
         """A slice at a time into the scratch that the product reads, from a weight in memory."""
         scratch = self._memory.drawn(_SLICE, dtype)
-        for source in sorted(DTYPE_BYTES.keys() - {dtype}):
-            slices = [self._memory.drawn(_SLICE, source) for _ in range(_count(_SLICE, source))]
-            yield _conversion("convert", f"{source}>{dtype}", slices, scratch)
-        for bits, codec in CODECS.items():
-            num_out, num_in = _SLICE
-            count = -(-ROTATED_BYTES // (num_out * codec.row_bytes(num_in)))
-            rows = self._memory.compressed_rows(count * num_out, num_in, codec)
-            weights = [CompressedWeight(some, codec, num_in) for some in rows.chunk(count)]
-            yield _conversion("widen", f"{bits}>{dtype}", weights, scratch)
+        for source, _, slices in self._foreign(dtype, [_SLICE]):
+            field = "widen" if source in CODECS else "convert"
+            yield _conversion(field, f"{source}>{dtype}", slices, scratch)
 
     def _converted_products(self, dtype: str) -> Iterator[Task]:
-        """With a slice that was converted a moment ago, so that the caches hold it."""
-        return self._multiplied(("converted", dtype), [self._memory.drawn(_SLICE, dtype)])
+        """Whole ones: a slice is multiplied right after it was converted, so that the caches hold
+        it, though those of the core that converted it."""
+        for source, shape, weights in self._foreign(dtype, self._effort.weights[:2]):
+            key = ("converted", f"{source}>{dtype}", math.prod(shape))
+            yield from self._multiplied(key, weights, self._effort.converted_rows)
+
+    def _foreign(
+        self, dtype: str, shapes: Sequence[tuple[int, int]]
+    ) -> Iterator[tuple[str, tuple[int, int], Sequence[Tensor] | Sequence[CompressedWeight]]]:
+        """Weights of every dtype but that of computing, and compressed ones, by what they are."""
+        for source in sorted(DTYPE_BYTES.keys() - {dtype}):
+            numbers = self._memory.drawn_bytes(ROTATED_BYTES, source)
+            for shape in shapes:
+                whole = numbers.numel() // math.prod(shape) * math.prod(shape)
+                yield source, shape, [*numbers[:whole].view(-1, *shape)]
+        for bits, codec in CODECS.items():
+            for shape in shapes:
+                num_out, num_in = shape
+                count = -(-ROTATED_BYTES // (num_out * codec.row_bytes(num_in)))
+                rows = self._memory.compressed_rows(count * num_out, num_in, codec)
+                weights = [CompressedWeight(some, codec, num_in) for some in rows.chunk(count)]
+                yield bits, shape, weights
 
     def _loads(self, dtype: str) -> Iterator[Task]:
         """From a checkpoint's 16 bits, that are in memory already, to a weight at home."""

@@ -74,18 +74,28 @@ OnCommit = Callable[[MicroBatch, float], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RankOps:
-    """What one rank plays, and the machine it has for it.
+class Pace:
+    """How the lanes of a machine get along.
 
-    `hop_s` passes between an op's end and the start of one on another, idle lane that waited for
-    it. For every op the dispatcher holds the interpreter for `dispatch_s`, beside the lanes.
+    One that does `slowdown`'s first activity takes so many times as long beside one that does the
+    second. `hop_s` passes between an op's end and the start of one on another, idle lane that
+    waited for it, and `wake_s` of its idle seconds more where that lane computes. For every op the
+    dispatcher holds the interpreter for `dispatch_s`, beside the lanes.
     """
+
+    slowdown: Pairs = field(default_factory=dict)
+    hop_s: float = 0.0
+    wake_s: Callable[[float], float] = lambda idle_s: 0.0
+    dispatch_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankOps:
+    """What one rank plays, and the machine it has for it."""
 
     ops: Iterator[Op | None]
     cost_of: CostOf
-    slowdown: Pairs
-    hop_s: float = 0.0
-    dispatch_s: float = 0.0
+    pace: Pace
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,10 +154,8 @@ class _Waiting:
 def simulate(
     ops: Iterator[Op | None],
     cost_of: CostOf,
+    pace: Pace,
     *,
-    slowdown: Pairs,
-    hop_s: float = 0.0,
-    dispatch_s: float = 0.0,
     on_commit: OnCommit = lambda batch, now_s: None,
     keep_spans: bool = False,
 ) -> Simulated:
@@ -155,7 +163,7 @@ def simulate(
     dropped, as in a run. `on_commit` is told when a micro-batch's tokens are known, before more ops
     are taken.
     """
-    part = RankOps(ops=ops, cost_of=cost_of, slowdown=slowdown, hop_s=hop_s, dispatch_s=dispatch_s)
+    part = RankOps(ops=ops, cost_of=cost_of, pace=pace)
     return simulate_ranks([part], on_commit=on_commit, keep_spans=keep_spans)[0]
 
 
@@ -214,9 +222,9 @@ class _Rank:
         self.edges: dict[Lane, _Edge] = {}
         self._ops = part.ops
         self._cost_of = part.cost_of
-        self._slowdown = part.slowdown
-        self._hop_s = part.hop_s
-        self._dispatch_s = part.dispatch_s
+        self._slowdown = part.pace.slowdown
+        self._pace = part.pace
+        self._idle_since = dict.fromkeys(COMPUTING, 0.0)
         self._on_commit = on_commit
         self._keep_spans = keep_spans
         self._pending: dict[int, _Waiting] = {}
@@ -290,9 +298,11 @@ class _Rank:
             if ready and lane not in self._running:
                 _, op, since_s = heappop(ready)
                 cost = self._cost_of(op)
-                hop_s = max(0.0, since_s + self._hop_s - self.now_s) + self._queue_s(cost)
+                hop_s = max(0.0, since_s + self._pace.hop_s - self.now_s) + self._queue_s(cost)
+                if lane in self._idle_since:
+                    hop_s += self._pace.wake_s(self.now_s - self._idle_since[lane])
                 start_s = self.now_s + hop_s
-                dispatched = self._dispatch_s / cost.seconds if cost.seconds else 0.0
+                dispatched = self._pace.dispatch_s / cost.seconds if cost.seconds else 0.0
                 held = min(1.0, cost.calls + dispatched)
                 manner = Manner(cost.activity, cost.link, cost.duty, cost.calls, held)
                 number = self._manners.setdefault(manner, len(self._manners))
@@ -369,6 +379,8 @@ class _Rank:
     def _end(self, one: _Running) -> None:
         op, made, cost = one.op, self.made, one.cost
         lane, took_s = op.lane, self.now_s - one.start_s
+        if lane in self._idle_since:
+            self._idle_since[lane] = self.now_s
         made.num_ops[lane] += 1
         made.busy_s[lane] += took_s
         made.work_s[lane] += cost.seconds

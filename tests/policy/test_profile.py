@@ -30,6 +30,7 @@ from tests.policy.machine import machine
 WHOLE = machine(
     overhead_s=machines.OVERHEADS,
     slowdown=machines.SLOWDOWN,
+    wake_s={1e-3: 0.0, 16e-3: 1e-3},
     host=machines.RATES,
     details={"disk_read_direct_x8": Curve.of({65536.0: 5e8, 2.0**20: 2e9})},
     threads=2,
@@ -82,6 +83,14 @@ def test_whatever_was_measured_survives_its_file_to_three_digits(links, overhead
         assert back.rates == pytest.approx(curve.rates, rel=5e-3)
 
 
+def test_a_lane_wakes_the_later_the_longer_it_was_idle():
+    wake_s = read(WHOLE).pace.wake_s
+    assert [wake_s(idle_s) for idle_s in (0.0, 1e-3, 8.5e-3, 1.0)] == pytest.approx(
+        [0, 0, 5e-4, 1e-3]
+    )
+    assert machine().pace.wake_s(1.0) == 0.0
+
+
 def test_a_written_profile_says_where_and_when_it_was_measured(tmp_path):
     text = render_profile(WHOLE)
     first = text.splitlines()[0]
@@ -119,6 +128,7 @@ def changed(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
         (lambda c: c["memory"].update(cpu="-8GiB"), "memory.cpu: cannot read '-8GiB'"),
         (lambda c: c["overhead_s"].update(layer="5 parsecs"), "overhead_s.layer: cannot read"),
         (lambda c: c["overhead_s"].update(layer=5), "overhead_s.layer: cannot read 5"),
+        (lambda c: c["wake_s"].update({"2 GB": "1 ms"}), "wake_s: cannot read '2 GB' as a time"),
         (lambda c: c["slowdown"]["compute"].update(copy=0.5), "compute.copy is a factor from 1"),
         (lambda c: c["slowdown"]["compute"].update(copy="2x"), "factor from 1, got '2x'"),
         (lambda c: c["load"].update(float32="fast"), "load.float32: cannot read 'fast'"),

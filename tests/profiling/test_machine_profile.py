@@ -38,6 +38,7 @@ from flexpipe.profiling.overhead import calls_beside_calls
 from flexpipe.profiling.products import ProductTasks
 from flexpipe.profiling.slowdown import slowdowns
 from flexpipe.profiling.stopwatch import Rated, Stopwatch, Task, TaskSource, rate_all
+from flexpipe.profiling.wake import IDLE_S
 from flexpipe.schedule.simulate import CALLS
 from flexpipe.units import MIB
 
@@ -49,6 +50,7 @@ TINY = replace(
     disk_window_s=0.0,
     weights=((64, 64), (512, 512)),
     rows=(8, 64),
+    converted_rows=(8, 64),
     prefill=(16, 64),
     decode=(256 * KIB, 16 * MIB),
     compressed_tokens=(64,),
@@ -60,6 +62,7 @@ TINY = replace(
     pair_windows=1,
     pair_s=0.001,
     op_steps=4,
+    wakes=1,
 )
 
 
@@ -68,13 +71,15 @@ def test_a_real_measurement_has_all_that_a_prediction_reads(tmp_path: Path) -> N
     assert set(made.links) == set(LINKS)
     assert set(made.overhead_s) == set(OVERHEADS)
     assert all(seconds >= 0 for seconds in made.overhead_s.values())
+    assert set(made.wake_s) == set(IDLE_S) and min(made.wake_s.values()) >= 0
     assert set(made.memory) == {Tier.CPU, Tier.DISK}
     assert all(factor >= 1 for factor in made.slowdown.values())
     pairs = {("compute", "disk_read"), ("disk_read", "compute"), ("attend", "copy"), CALLS}
     assert pairs <= set(made.slowdown)
     rates = made.compute
-    for known in (rates.matmul, rates.converted, rates.elementwise):
+    for known in (rates.matmul, rates.elementwise):
         assert set(known) == {"float32"}
+    assert set(rates.converted) == set(rates.convert) | set(rates.widen)
     assert set(rates.prefill_attention) == {"float32", "float32/64"}
     assert set(rates.decode_attention) == {"float32", "4>float32", "8>float32"}
     assert set(rates.convert) == {"bfloat16>float32", "float16>float32"}

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from flexpipe.plan.plan import Plan
 from flexpipe.schedule.build import schedule
 from flexpipe.schedule.op import Kind, Op, Wait
-from flexpipe.schedule.simulate import Cost, Pairs, Simulated, simulate
+from flexpipe.schedule.simulate import Cost, Pace, Simulated, simulate
 from flexpipe.schedule.step import MicroBatch, Row
 from tests.schedule.plans import MicroBatches
 
+PLAIN = Pace()  # lanes that leave each other alone
 ROWS = MicroBatch(0, (Row(0, 0, 8, (3,), True),))
 
 
@@ -53,17 +54,14 @@ def play(
     plan: Plan,
     steps: Sequence[MicroBatches],
     cost_of: Callable[[Op], Cost],
-    *,
-    slowdown: Pairs | None = None,
-    hop_s: float = 0.0,
+    pace: Pace = PLAIN,
 ) -> Simulated:
     """A plan's own ops against costs."""
     script = Script(steps)
     return simulate(
         schedule(plan, script.steps),
         cost_of,
-        slowdown=slowdown or {},
-        hop_s=hop_s,
+        pace,
         on_commit=script.commit,
         keep_spans=True,
     )
@@ -76,10 +74,7 @@ def op(id: int, kind: Kind, *before: int) -> Op:
 
 def play_ops(
     costs: Sequence[tuple[Op, Cost]],
-    *,
-    slowdown: Pairs | None = None,
-    hop_s: float = 0.0,
-    dispatch_s: float = 0.0,
+    pace: Pace = PLAIN,
 ) -> tuple[Simulated, dict[int, tuple[float, float]]]:
     """A few ops, then a COMMIT that waits for all; what it came to, and each op's start and end."""
     known = {one.id: cost for one, cost in costs}
@@ -95,9 +90,7 @@ def play_ops(
     made = simulate(
         ops(),
         lambda one: known.get(one.id, Cost(0.0)),
-        slowdown=slowdown or {},
-        hop_s=hop_s,
-        dispatch_s=dispatch_s,
+        pace,
         on_commit=lambda batch, now_s: committed.append(batch),
         keep_spans=True,
     )

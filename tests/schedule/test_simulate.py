@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from flexpipe.plan.policy import STRATEGIES, Shares
 from flexpipe.schedule.check import find_hazards
 from flexpipe.schedule.op import Kind, Lane, Op
-from flexpipe.schedule.simulate import RUN_AHEAD, Cost, simulate
+from flexpipe.schedule.simulate import RUN_AHEAD, Cost, Pace, simulate
 from tests.schedule.plans import OF_ONE_STAGE, ops_of, plans, step_of, steps_for, tiny_plan
-from tests.schedule.play import ROWS, op, play, play_ops
+from tests.schedule.play import PLAIN, ROWS, op, play, play_ops
 
 _LINKS = {
     "h2d": (Kind.LOAD_WEIGHT, Kind.LOAD_EMBED, Kind.LOAD_CACHE, Kind.LOAD_HIDDEN, Kind.MOVE_OUTPUT),
@@ -89,7 +89,7 @@ def test_every_op_that_somebody_waits_for_is_played_once_and_its_bytes_counted(d
 @given(data=st.data(), seconds=COSTS)
 def test_an_op_starts_when_all_it_waits_for_has_ended(data, seconds):
     plan = data.draw(plans())
-    made = play(plan, data.draw(steps_for(plan)), PerKind(seconds), hop_s=0.125)
+    made = play(plan, data.draw(steps_for(plan)), PerKind(seconds), Pace(hop_s=0.125))
     ends = {span.op.id: span.end_s for span in made.spans}
     for span in made.spans:
         for wait in span.op.waits_for:
@@ -165,7 +165,7 @@ def test_a_hop_between_lanes_only_adds_time_where_ops_are_chained(data, seconds)
     plan = data.draw(plans(strategy="none"))
     steps = data.draw(steps_for(plan))
     least = play(plan, steps, PerKind(seconds)).seconds
-    assert play(plan, steps, PerKind(seconds), hop_s=0.5).seconds >= least - 1e-9
+    assert play(plan, steps, PerKind(seconds), Pace(hop_s=0.5)).seconds >= least - 1e-9
 
 
 # -- ops beside each other ------------------------------------------------------------------------
@@ -193,13 +193,13 @@ def test_ops_on_different_links_do_not_meet():
 
 
 def test_a_slowdown_lasts_as_long_as_both_run():
-    slowdown = {("compute", "disk_read"): 1.5}
+    pace = Pace(slowdown={("compute", "disk_read"): 1.5})
     _, spans = play_ops(
         [
             (op(0, Kind.READ_WEIGHT), Cost(1.0, "disk_read")),
             (op(1, Kind.COMPUTE), Cost(1.0, "compute")),
         ],
-        slowdown=slowdown,
+        pace,
     )
     assert spans[0] == (0.0, 1.0)  # the pair says nothing of this way
     assert spans[1] == (0.0, pytest.approx(1 + 1 / 3))  # 2/3 of it were done beside the read
@@ -220,7 +220,7 @@ def test_an_op_is_slowed_as_far_as_it_and_the_other_are_at_work(own, others, fac
             (op(0, Kind.READ_WEIGHT), Cost(9.0, "disk_read", duty=others)),
             (op(1, Kind.COMPUTE), Cost(1.0, "compute", duty=own)),
         ],
-        slowdown={("compute", "disk_read"): 1.5},
+        Pace(slowdown={("compute", "disk_read"): 1.5}),
     )
     assert spans[1] == (0.0, pytest.approx(factor))
 
@@ -230,7 +230,7 @@ def test_what_waits_for_the_interpreter_holds_up_others_for_longer():
         lanes = Kind.LOAD_CACHE, Kind.STORE_CACHE, Kind.WRITE_CACHE
         moves = [(op(i, lanes[i]), cost) for i, cost in enumerate(others)]
         computed = op(len(others), Kind.COMPUTE), Cost(1.0, "compute", calls=1.0)
-        _, spans = play_ops([*moves, computed], slowdown={("calls", "calls"): 5.0})
+        _, spans = play_ops([*moves, computed], Pace(slowdown={("calls", "calls"): 5.0}))
         return spans[len(others)][1] - 1.0
 
     one, two, three = (wait(*[Cost(99.0, "copy", calls=0.2)] * count) for count in (1, 2, 3))
@@ -245,8 +245,7 @@ def test_the_dispatcher_holds_the_interpreter_for_every_op():
                 (op(0, Kind.STORE_CACHE), Cost(9.0, "copy")),
                 (op(1, Kind.COMPUTE), Cost(1.0, "compute", calls=calls)),
             ],
-            slowdown={("calls", "calls"): 5.0},
-            dispatch_s=dispatch_s,
+            Pace(slowdown={("calls", "calls"): 5.0}, dispatch_s=dispatch_s),
         )
         return spans[1][1]
 
@@ -261,7 +260,7 @@ def test_two_that_disturb_an_op_do_so_on_top_of_each_other():
             (op(1, Kind.LOAD_CACHE), Cost(9.0, "copy")),
             (op(2, Kind.COMPUTE), Cost(1.0, "compute")),
         ],
-        slowdown={("compute", "disk_read"): 1.5, ("compute", "copy"): 2.0},
+        Pace(slowdown={("compute", "disk_read"): 1.5, ("compute", "copy"): 2.0}),
     )
     assert spans[2] == (0.0, pytest.approx(3.0))
 
@@ -308,7 +307,7 @@ def test_calls_of_all_lanes_slow_each_other_down_by_their_shares(own, others, fa
             (op(0, Kind.STORE_CACHE), Cost(99.0, "copy", calls=others)),
             (op(1, Kind.COMPUTE), Cost(1.0, "compute", calls=own)),
         ],
-        slowdown={("calls", "calls"): 5.0},
+        Pace(slowdown={("calls", "calls"): 5.0}),
     )
     assert spans[1] == (0.0, pytest.approx(factor, abs=1e-3))
 
@@ -320,7 +319,7 @@ def test_a_hop_passes_before_another_lane_goes_on_and_not_on_the_same_one():
             (op(1, Kind.COMPUTE, 0), Cost(1.0)),
             (op(2, Kind.COMPUTE, 1), Cost(1.0)),
         ],
-        hop_s=0.25,
+        Pace(hop_s=0.25),
     )
     assert (spans[1], spans[2]) == ((1.5, 2.5), (2.5, 3.5))  # the load's start is a hop too
 
@@ -332,9 +331,23 @@ def test_a_hop_is_hidden_while_the_lane_is_busy():
             (op(1, Kind.COMPUTE), Cost(3.0)),
             (op(2, Kind.COMPUTE, 0), Cost(1.0)),
         ],
-        hop_s=0.25,
+        Pace(hop_s=0.25),
     )
     assert (spans[1], spans[2]) == ((0.25, 3.25), (3.25, 4.25))
+
+
+def test_a_lane_that_computes_wakes_the_later_the_longer_nothing_came_to_it():
+    _, spans = play_ops(
+        [
+            (op(0, Kind.COMPUTE), Cost(1.0)),
+            (op(1, Kind.LOAD_WEIGHT), Cost(3.0)),
+            (op(2, Kind.COMPUTE, 1), Cost(1.0)),
+            (op(3, Kind.COMPUTE, 2), Cost(1.0)),
+            (op(4, Kind.LOAD_WEIGHT, 3), Cost(1.0)),
+        ],
+        Pace(wake_s=lambda idle_s: idle_s / 4),
+    )
+    assert [spans[i] for i in (2, 3, 4)] == [(3.5, 4.5), (4.5, 5.5), (5.5, 6.5)]
 
 
 # -- how far ahead --------------------------------------------------------------------------------
@@ -359,7 +372,7 @@ def test_nothing_is_taken_past_a_micro_batch_whose_rows_are_not_known():
         assert len(taken) == len(committed) + 1
         committed.append(now_s)
 
-    simulate(ops(), lambda one: Cost(2.0), slowdown={}, on_commit=commit)
+    simulate(ops(), lambda one: Cost(2.0), PLAIN, on_commit=commit)
     assert committed == [2.0, 4.0]
 
 
@@ -386,7 +399,7 @@ def test_no_more_ops_are_taken_ahead_than_the_dispatcher_takes(extra):
         return Cost(1.0)
 
     done: list[float] = []
-    simulate(ops(), cost_of, slowdown={}, on_commit=lambda batch, now_s: done.append(now_s))
+    simulate(ops(), cost_of, PLAIN, on_commit=lambda batch, now_s: done.append(now_s))
     assert ahead == min(num_ops, RUN_AHEAD)
 
 
@@ -403,7 +416,7 @@ def test_a_load_that_nobody_waits_for_does_not_hold_up_the_end():
     made = simulate(
         ops(),
         lambda one: cost[one.kind],
-        slowdown={},
+        PLAIN,
         on_commit=lambda batch, now_s: committed.append(now_s),
     )
     assert (made.seconds, dict(made.num_ops)) == (1.0, {Lane.HOST: 1})

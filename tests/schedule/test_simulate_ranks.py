@@ -15,7 +15,7 @@ from flexpipe.schedule.op import Kind, Lane, Op
 from flexpipe.schedule.relay import Relay
 from flexpipe.schedule.simulate import Cost, RankOps, Simulated, simulate_ranks
 from flexpipe.schedule.step import MicroBatch, Row
-from tests.schedule.play import Script, op
+from tests.schedule.play import PLAIN, Script, op
 from tests.schedule.ring import Shape
 
 LAYER_S = 1.0
@@ -35,7 +35,7 @@ def play_ranks(ranks: Sequence[Sequence[tuple[Op, float]]]) -> list[dict[int, tu
         RankOps(
             ops=ops_of(rank),
             cost_of=lambda one, costs=known[rank]: Cost(costs[one.id]),
-            slowdown={},
+            pace=PLAIN,
         )
         for rank in range(len(ranks))
     ]
@@ -152,7 +152,7 @@ def play_shape(
         return cost
 
     parts = [
-        RankOps(ops=schedule(plan, steps), cost_of=cost_of(plan), slowdown={})
+        RankOps(ops=schedule(plan, steps), cost_of=cost_of(plan), pace=PLAIN)
         for plan, steps in zip(plans, relay.steps, strict=True)
     ]
     return simulate_ranks(parts, on_commit=script.commit, keep_spans=True)
