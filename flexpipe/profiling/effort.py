@@ -17,8 +17,8 @@ class Effort:
     burst than it stays), and rounds.
 
     `weights` are out and in features, the smallest first, `rows` what meets them, as far as a
-    product stays within `most_flops`, `converted_rows` what meets those that are converted on the
-    way. `prefill` is new tokens per row, `decode` bytes of KV cache,
+    product stays within `most_flops`, `converted` and `converted_rows` the same of those that are
+    converted on the way. `prefill` is new tokens per row, `decode` bytes of KV cache,
     `compressed_tokens` tokens of a compressed one, `norm` tokens of 2048 numbers. `copies` and
     `transfers` are bytes that links move at once, `file_bytes` the file on disk they move from and
     to, `held_bytes` what is rotated over so that nothing comes from a processor's caches. Pairs of
@@ -32,6 +32,7 @@ class Effort:
     disk_window_s: float
     weights: tuple[tuple[int, int], ...]
     rows: tuple[int, ...]
+    converted: tuple[tuple[int, int], ...]
     converted_rows: tuple[int, ...]
     most_flops: float
     prefill: tuple[int, ...]
@@ -71,12 +72,13 @@ class Effort:
 FULL = Effort(
     quick=False,
     rounds=3,
-    window_s=0.045,
-    disk_window_s=0.3,
+    window_s=0.04,
+    disk_window_s=0.25,
     weights=((512, 512), (1024, 1536), (4096, 4096), (14336, 4096)),
     rows=(1, 8, 32, 64, 128, 256, 1024, 4096),
+    converted=((512, 512), (1024, 1536)),
     converted_rows=(1, 16, 128, 1024),
-    most_flops=4e10,
+    most_flops=2e10,
     prefill=(64, 256, 1024, 2048),
     decode=(256 * KIB, 2 * MIB, 16 * MIB, 64 * MIB, 256 * MIB),
     compressed_tokens=(128, 1024, 8192),
@@ -85,18 +87,19 @@ FULL = Effort(
     transfers=(64 * KIB, MIB, 16 * MIB, 128 * MIB),
     file_bytes=2048 * MIB,
     held_bytes=256 * MIB,
-    pair_windows=4,
+    pair_windows=3,
     pair_s=0.05,
     op_steps=60,
-    wakes=30,
+    wakes=20,
 )
 QUICK = Effort(
     quick=True,
     rounds=1,
-    window_s=0.02,
+    window_s=0.018,
     disk_window_s=0.08,
     weights=((512, 512), (1024, 1536), (4096, 4096)),
     rows=(1, 8, 64, 256, 1024),
+    converted=((1024, 1536),),
     converted_rows=(1, 16, 256),
     most_flops=1e10,
     prefill=(64, 512),

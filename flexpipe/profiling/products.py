@@ -39,6 +39,7 @@ _SLICE = (CONVERT_ELEMENTS // 4096, 4096)  # of a weight, as `multiply` converts
 _HOME = (4096, 4096)  # what is loaded
 _NUM_BETWEEN = 4  # weights that are met between small pieces of work
 _NUM_SLOTS = 2
+_FOREIGN_BYTES = ROTATED_BYTES // 2  # the caches hold what is made of them as well
 _AWAKE = (64, 256, 256)  # rows, in and out features of a product that keeps a team awake
 
 
@@ -54,8 +55,7 @@ class ProductTasks:
         """All there is to know of products in a compute dtype."""
         return [
             *(partial(self._products, dtype, shape) for shape in self._effort.weights),
-            partial(self._conversions, dtype),
-            partial(self._converted_products, dtype),
+            partial(self._converted, dtype),
             partial(self._loads, dtype),
         ]
 
@@ -136,33 +136,34 @@ class ProductTasks:
                 before=before,
             )
 
-    def _conversions(self, dtype: str) -> Iterator[Task]:
-        """A slice at a time into the scratch that the product reads, from a weight in memory."""
+    def _converted(self, dtype: str) -> Iterator[Task]:
+        """Products whose weights are converted on the way: a slice is multiplied right after it was
+        converted, so that the caches hold it, though those of the core that converted it. And
+        conversion alone, a slice at a time into the scratch that a product would read."""
         scratch = self._memory.drawn(_SLICE, dtype)
-        for source, _, slices in self._foreign(dtype, [_SLICE]):
-            field = "widen" if source in CODECS else "convert"
-            yield _conversion(field, f"{source}>{dtype}", slices, scratch)
-
-    def _converted_products(self, dtype: str) -> Iterator[Task]:
-        """Whole ones: a slice is multiplied right after it was converted, so that the caches hold
-        it, though those of the core that converted it."""
-        for source, shape, weights in self._foreign(dtype, self._effort.weights[:2]):
-            key = ("converted", f"{source}>{dtype}", math.prod(shape))
-            yield from self._multiplied(key, weights, self._effort.converted_rows)
+        for source, shape, weights in self._foreign(dtype, (_SLICE, *self._effort.converted)):
+            what = f"{source}>{dtype}"
+            if shape == _SLICE:
+                yield _conversion(
+                    "widen" if source in CODECS else "convert", what, weights, scratch
+                )
+            else:
+                key = ("converted", what, math.prod(shape))
+                yield from self._multiplied(key, weights, self._effort.converted_rows)
 
     def _foreign(
         self, dtype: str, shapes: Sequence[tuple[int, int]]
     ) -> Iterator[tuple[str, tuple[int, int], Sequence[Tensor] | Sequence[CompressedWeight]]]:
         """Weights of every dtype but that of computing, and compressed ones, by what they are."""
         for source in sorted(DTYPE_BYTES.keys() - {dtype}):
-            numbers = self._memory.drawn_bytes(ROTATED_BYTES, source)
+            numbers = self._memory.drawn_bytes(_FOREIGN_BYTES, source)
             for shape in shapes:
                 whole = numbers.numel() // math.prod(shape) * math.prod(shape)
                 yield source, shape, [*numbers[:whole].view(-1, *shape)]
         for bits, codec in CODECS.items():
             for shape in shapes:
                 num_out, num_in = shape
-                count = -(-ROTATED_BYTES // (num_out * codec.row_bytes(num_in)))
+                count = -(-_FOREIGN_BYTES // (num_out * codec.row_bytes(num_in)))
                 rows = self._memory.compressed_rows(count * num_out, num_in, codec)
                 weights = [CompressedWeight(some, codec, num_in) for some in rows.chunk(count)]
                 yield bits, shape, weights

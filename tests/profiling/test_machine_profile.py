@@ -50,6 +50,7 @@ TINY = replace(
     disk_window_s=0.0,
     weights=((64, 64), (512, 512)),
     rows=(8, 64),
+    converted=((512, 512),),
     converted_rows=(8, 64),
     prefill=(16, 64),
     decode=(256 * KIB, 16 * MIB),
