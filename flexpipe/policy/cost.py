@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import inf
 
 from flexpipe.plan.hardware import DISK_QUEUE_BYTES, EMULATED_TURN_S, Emulation
 from flexpipe.plan.layer import LayerKind, LayerPlan
@@ -115,11 +116,12 @@ class CostModel:
     @property
     def _weights_s(self) -> float:
         seconds = 0.0
+        disk = self.profile.links["disk_read"].capped(self.profile.load.get("read", inf))
         for placed in self.plan.placement.tensors.values():
             if placed.home == Tier.DISK:
                 continue
             stored = placed.stored
-            seconds += stored.num_bytes / self.profile.links["disk_read"].rate(stored.num_bytes)
+            seconds += disk.seconds(stored.num_bytes)
             same = stored.dtype == placed.dtype and placed.home != self.plan.device_tier
             rate = self.profile.load.get(placed.dtype)
             if rate is not None and not same and placed.codec is None:

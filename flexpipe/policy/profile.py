@@ -110,7 +110,8 @@ class Profile:
     dispatcher; a pair that is absent does not disturb. `wake_s` is what a lane that computes takes
     to wake, by the seconds in which nothing came to it; between two it is straight. `load` is
     numbers per second that loading converts and packs, per dtype at home, and bytes per second of
-    "pools" taken. `machine` and `mount` say where it was measured.
+    tensors that it can "read" at most, and of "pools" taken. `machine` and `mount` say where it was
+    measured.
     """
 
     name: str

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flexpipe.memory.disk import CHUNK_BYTES, DiskFile, aligned_buffer
+from flexpipe.memory.disk import ALIGN, CHUNK_BYTES, DiskFile, aligned_buffer
 from flexpipe.memory.tier import TierMemory
 from flexpipe.plan.hardware import free_disk
 from flexpipe.profiling.effort import Effort
@@ -28,6 +28,7 @@ from flexpipe.units import MIB
 
 IN_FLIGHT = (1, 2, 4, 8)
 DETAIL_BYTES = (64 * 1024, MIB, CHUNK_BYTES)
+_TENSOR_BYTES = 4 * MIB
 _SPARED = 4  # a file takes at most this part of the free space
 _PAGE, _SCATTERED = 4096, 64  # bytes of the least transfer, and how many of them go together
 
@@ -92,6 +93,15 @@ class DiskTasks:
     def _one(self, name: str, move: Any, num_bytes: int) -> Task:
         work = self._anywhere(move, self._buffer, num_bytes)
         return Task(key=("links", name, num_bytes), amount=num_bytes, work=work)
+
+    def loads(self) -> Iterator[Task]:
+        """A checkpoint's tensor, which begins anywhere and so goes through a bounce buffer."""
+
+        def read(view: npt.NDArray[np.uint8], offset: int) -> None:
+            self._file.read_into(view[:-ALIGN], offset + ALIGN // 2)
+
+        work = self._anywhere(read, self._buffer, _TENSOR_BYTES)
+        yield Task(key=("load", "read"), amount=_TENSOR_BYTES - ALIGN, work=work)
 
     def latencies(self) -> Iterator[Task]:
         """The least that a read or a write can be, alone and as one of many that go together."""

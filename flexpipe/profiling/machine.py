@@ -104,7 +104,7 @@ def measure_profile(
         overhead_s={name: overhead_s[name] for name in OVERHEADS},
         slowdown={**slowdown, CALLS: calls},
         wake_s=waking,
-        load={**_flat(rates, "load"), "pools": pools},
+        load={**_flat(rates, "load"), **_flat(links, "load"), "pools": pools},
         details=_curves(links, "details"),
         threads=torch.get_num_threads(),
         quick=effort.quick,
@@ -207,7 +207,7 @@ def _links(device: Device, disk: DiskTasks, effort: Effort) -> Rated:
     figures are for people: one round of them will do."""
     watch, longer = _watch(device.torch_device, effort), Stopwatch(CPU, effort.disk_window_s)
     copies = [partial(copy_tasks, device, effort)]
-    moves = [partial(disk.moves, effort.transfers)]
+    moves: list[TaskSource] = [partial(disk.moves, effort.transfers), disk.loads]
     further: list[TaskSource] = [] if effort.quick else [disk.details]
     if device.has_streams and not effort.quick:
         further.append(partial(copy_tasks, device, effort, pin=False))

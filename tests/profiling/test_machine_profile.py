@@ -87,7 +87,7 @@ def test_a_real_measurement_has_all_that_a_prediction_reads(tmp_path: Path) -> N
     assert set(rates.widen) == {"4>float32", "8>float32"}
     assert set(rates.compress) == {"4", "8"}
     assert set(rates.sample) == set(rates.decode_attention_flops) == {"float32"}
-    assert set(made.load) == {"float32", "pools"}
+    assert set(made.load) == {"float32", "read", "pools"}
     assert (made.device, made.machine, made.quick) == ("cpu", machine_id(), True)
     assert_same(parse_profile_text(render_profile(made)), made)
     assert [path.name for path in tmp_path.rglob("*.bin")] == []
