@@ -20,6 +20,8 @@ ALIGNMENT = 64  # bytes; a cache line, and what vector loads like
 CONVERT_ELEMENTS = 3 << 19  # a slice of a weight in the compute dtype: it must stay in the caches
 CONVERT_STEP = 128  # out features of such a slice come in multiples of this
 RESULT_ROWS, RESULT_COLUMNS = 256, 8192  # largest block of a product that torch allocates itself
+# elements of a weight: below, what oneDNN takes to make a kernel for a new shape is not won back
+ONEDNN_ELEMENTS = 1 << 18
 NORM_ELEMENTS = 1 << 20  # a slice of a layer norm's output
 NORM_ROWS = 256  # rows of an RMS norm that are widened to float32 at a time
 MASK_BLOCK = 256  # queries of one row that share an attention mask

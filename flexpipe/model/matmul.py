@@ -24,12 +24,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexpipe.kernels.codec import widen
-from flexpipe.model.cost import CONVERT_ELEMENTS, CONVERT_STEP, RESULT_COLUMNS, RESULT_ROWS
+from flexpipe.model.cost import (
+    CONVERT_ELEMENTS,
+    CONVERT_STEP,
+    ONEDNN_ELEMENTS,
+    RESULT_COLUMNS,
+    RESULT_ROWS,
+)
 from flexpipe.model.workspace import Workspace
 from flexpipe.plan.codec import Codec
 
-# elements of a weight: below, what oneDNN takes to make a kernel for a new shape is not won back
-_MIN_ELEMENTS = 1 << 18
 # a packed weight's blocks are made from one buffer of this size, and suit any number of rows
 PACK_BYTES = 32 * 2**20
 _FUSED = {
@@ -108,7 +112,7 @@ def packs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> b
     if not _HAS_ONEDNN or device.type != "cpu" or dtype not in _packable() or len(shape) != 2:
         return False
     fits = _PACK_STEP * shape[1] * dtype.itemsize <= PACK_BYTES
-    return fits and shape[0] * shape[1] >= _MIN_ELEMENTS
+    return fits and shape[0] * shape[1] >= ONEDNN_ELEMENTS
 
 
 def convert(weight_OI: Tensor | CompressedWeight, out_OI: Tensor) -> Tensor:
@@ -223,7 +227,7 @@ def _multiply(
 
 
 def _suits_onednn(x_TI: Tensor, weight_OI: Tensor) -> bool:
-    large = weight_OI.numel() >= _MIN_ELEMENTS
+    large = weight_OI.numel() >= ONEDNN_ELEMENTS
     return _HAS_ONEDNN and large and x_TI.is_cpu and x_TI.dtype == torch.float32
 
 

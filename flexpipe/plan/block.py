@@ -73,15 +73,17 @@ def longest_first(needs: Sequence[Need]) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """All requests, in the order they take places, and the longest prompt among them."""
+    """All requests, in the order they take places, the longest prompt among them, and whether they
+    are all alike."""
 
     needs: tuple[Need, ...]
     longest_prompt: int
+    is_even: bool
 
     @classmethod
     def of(cls, needs: Sequence[Need]) -> Queue:
         ordered = tuple(needs[index] for index in longest_first(needs))
-        return cls(ordered, max(need.prompt for need in needs))
+        return cls(ordered, max(need.prompt for need in needs), len(set(needs)) == 1)
 
 
 def block_shape(

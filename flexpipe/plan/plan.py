@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from flexpipe.errors import PlanError
+from flexpipe.model.cost import RESULT_ROWS
 from flexpipe.plan.pools import PoolPlan, stage_pools, stage_transient_bytes
 from flexpipe.plan.stage import StagePlan
 from flexpipe.plan.tier import Tier
@@ -19,6 +20,9 @@ from flexpipe.units import MIB, format_bytes
 # MiB and the bounce ring (16 MiB). Later BLAS's packing buffers and the holes that prompts of many
 # lengths leave in the allocator's heaps.
 PROCESS_SLACK = 88 * MIB
+# What oneDNN keeps of a product for every number of rows it met (0.2 to 0.6 MB were seen), and of
+# how many it does.
+_KERNEL_BYTES, _MOST_KERNELS = 600_000, 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,10 +64,20 @@ class Plan(StagePlan):
         if tier == self.device_tier:
             total += self.transient_bytes
         if tier == Tier.CPU:
-            total += self.budgets.overhead + PROCESS_SLACK
+            total += self._process_bytes
         if tier == Tier.DISK:
             total += self.placement.new_bytes
         return total
+
+    @cached_property
+    def _process_bytes(self) -> int:
+        """What the process holds beside the pools. An emulated accelerator's kernels are not
+        planned, since a real one has none here."""
+        kernels = 0
+        if self.device_tier == Tier.CPU:
+            num_rows = min(RESULT_ROWS, self.num_row_counts)
+            kernels = min(_MOST_KERNELS, num_rows * self.num_product_shapes)
+        return self.budgets.overhead + PROCESS_SLACK + kernels * _KERNEL_BYTES
 
     def shortfalls(self) -> dict[Tier, int]:
         """Bytes missing per tier; empty when the plan fits."""
@@ -78,7 +92,7 @@ class Plan(StagePlan):
         if tier == self.device_tier:
             parts.append((self.transient_bytes, "temporaries"))
         if tier == Tier.CPU:
-            parts.append((self.budgets.overhead + PROCESS_SLACK, "process"))
+            parts.append((self._process_bytes, "process"))
         if tier == Tier.DISK and self.placement.new_bytes:
             parts.append((self.placement.new_bytes, "weights to compress or repack"))
         return ", ".join(f"{name} {format_bytes(size)}" for size, name in parts)

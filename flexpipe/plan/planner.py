@@ -77,8 +77,16 @@ class Planner:
             layers=self._layers_of(policy)[0],
             layer_bytes=self._layers_of(policy)[1],
             micro_batches=self._block(policy),
+            num_row_counts=self._num_row_counts(self._block(policy)),
             budgets=self._budgets,
         )
+
+    def _num_row_counts(self, micro_batches: Sequence[MicroBatchPlan]) -> int:
+        """Rows leave one by one, and whoever takes a place brings a prompt as long as no other."""
+        num_places = [mb.num_places for mb in micro_batches]
+        if self._queue.is_even:
+            return 0
+        return max(num_places) + max(0, len(self._queue.needs) - sum(num_places))
 
     def _placement(self, policy: Policy) -> Placement:
         key = _weight_knobs(policy)

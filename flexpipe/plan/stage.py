@@ -11,6 +11,7 @@ from functools import cached_property
 from itertools import chain, pairwise
 
 from flexpipe.model.config import DTYPE_BYTES, ModelConfig
+from flexpipe.model.cost import ONEDNN_ELEMENTS
 from flexpipe.plan.block import MicroBatchPlan, block_ranges
 from flexpipe.plan.codec import Codec
 from flexpipe.plan.layer import LayerKind, LayerPlan
@@ -26,7 +27,8 @@ from flexpipe.plan.tier import Tier
 class StagePlan:
     """Homes, layers and micro-batches of one stage, for one model and one set of requests.
 
-    `micro_batches` are those of all blocks in flight, block by block.
+    `micro_batches` are those of all blocks in flight, block by block. Where requests are unlike,
+    their new tokens may come in `num_row_counts` numbers, else in a few.
     """
 
     config: ModelConfig
@@ -39,6 +41,7 @@ class StagePlan:
     layers: tuple[LayerPlan, ...]
     layer_bytes: LayerBytes
     micro_batches: tuple[MicroBatchPlan, ...]
+    num_row_counts: int
 
     @property
     def streams_to_device(self) -> bool:
@@ -97,6 +100,24 @@ class StagePlan:
     @property
     def num_decoder_layers(self) -> int:
         return len(self.decoder_layers)
+
+    @cached_property
+    def num_product_shapes(self) -> int:
+        """Products that a CPU makes a kernel for, for every number of rows: by the shape of their
+        weight, and whether they activate what they make."""
+        parts = (
+            part
+            for layer in self.layers
+            if layer.kind != LayerKind.EMBED
+            for part in (*layer.resident, *layer.streamed.parts)
+        )
+        return len(
+            {
+                (part.shape, part.tensor.spec.role == "gate_proj")
+                for part in parts
+                if len(part.shape) == 2 and part.shape[0] * part.shape[1] >= ONEDNN_ELEMENTS
+            }
+        )
 
     @cached_property
     def blocks(self) -> tuple[range, ...]:

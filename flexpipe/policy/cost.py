@@ -114,6 +114,12 @@ class CostModel:
         return self._pools_s + max(self._weights_s, kernels_s)
 
     @property
+    def new_rows_s(self) -> float:
+        """Seconds more that a step takes in which products meet a number of rows for the first
+        time."""
+        return self.profile.overhead("first") * self.plan.num_product_shapes
+
+    @property
     def _weights_s(self) -> float:
         seconds = 0.0
         disk = self.profile.links["disk_read"].capped(self.profile.load.get("read", inf))

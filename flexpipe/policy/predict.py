@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -169,10 +169,19 @@ def predict_stages(
     queue = _queue(needs, order)
     rehearsal = Rehearsal.of(stages[0].plan, queue)
     num_ops = sum(rehearsal.count_ops(stage.plan) for stage in stages)
-    if num_ops <= effort.exact_ops:
-        return _whole([stage.costs() for stage in stages], queue, keep_spans)
-    costs = [stage.costs(averaged=True) for stage in stages]
-    return _extrapolated(costs, queue, rehearsal, effort)
+    exact = num_ops <= effort.exact_ops
+    costs = [stage.costs(averaged=not exact) for stage in stages]
+    made = (
+        _whole(costs, queue, keep_spans)
+        if exact
+        else _extrapolated(costs, queue, rehearsal, effort)
+    )
+    firsts, first_s = rehearsal.num_new_rows(), max(one.new_rows_s for one in costs)
+    return replace(
+        made,
+        prefill_s=made.prefill_s + firsts[0] * first_s,
+        decode_s=made.decode_s + firsts[1] * first_s,
+    )
 
 
 def _queue(needs: Sequence[Need], order: Sequence[int] | None = None) -> list[Need]:

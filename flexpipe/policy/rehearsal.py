@@ -15,6 +15,7 @@ from itertools import cycle
 import numpy as np
 import numpy.typing as npt
 
+from flexpipe.model.cost import RESULT_ROWS
 from flexpipe.plan.block import Need
 from flexpipe.plan.plan import Plan
 from flexpipe.schedule.places import Counts, IntArray, Part, Places
@@ -71,6 +72,19 @@ class Rehearsal:
             gaps = np.abs(tokens / tokens.mean(0) - 1).sum(1)
             typical.append(members[gaps.argmin()])
         return np.array(typical), kind_of
+
+    def num_new_rows(self) -> tuple[int, int]:
+        """How often a product meets a number of rows for the first time: in steps that prefill, and
+        in others."""
+        known: set[int] = set()
+        firsts = [0, 0]
+        for step in self.steps:
+            rows = [int(parts.num_new.sum()) for parts in step.values()]
+            met = {RESULT_ROWS for count in rows if count >= RESULT_ROWS}
+            met |= {count % RESULT_ROWS for count in rows if count % RESULT_ROWS}
+            firsts[all(parts.decodes.all() for parts in step.values())] += len(met - known)
+            known |= met
+        return firsts[0], firsts[1]
 
     def _stretch(self, num_tokens: int) -> None:
         """Weigh the steady steps so that all steps together sample `num_tokens`."""

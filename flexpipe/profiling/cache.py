@@ -39,7 +39,7 @@ from flexpipe.profiling.machine import (
     worthwhile_dtypes,
 )
 
-METHOD = 4
+METHOD = 5
 
 log = logging.getLogger("flexpipe")
 

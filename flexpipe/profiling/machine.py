@@ -73,7 +73,7 @@ def measure_profile(
     effort = replace(effort, rounds=rounds or effort.rounds)
     dtypes = dtypes or worthwhile_dtypes(device.torch_device)
     pools, kernels_s = _populating(), _compiling(dtypes[-1])  # as a process begins
-    waking = _waking(device, effort)
+    waking, first_s = _waking(device, effort), _first(device, dtypes[-1], effort)
     with OffloadDirectory(offload_dir) as offload:
         memory = usable_memory(device, offload.path)
         progress("what ops cost beside their work")
@@ -90,7 +90,7 @@ def measure_profile(
             slowdown = _slowdowns(device, dtypes[-1], disk, effort)
         tries.append(_op_times(device, offload.job, effort))
     pools = min(pools, _populating())  # what is at hand may have run out since
-    overhead_s = {**overheads(tries), **latencies, "kernels": kernels_s}
+    overhead_s = {**overheads(tries), **latencies, "kernels": kernels_s, "first": first_s}
     calls = calls_beside_calls(tries)
     return Profile(
         name=_name(device),
@@ -276,6 +276,13 @@ def _waking(device: Device, effort: Effort) -> dict[float, float]:
         return {}
     with _threads_kept():
         return wake_times(effort.wakes, torch.get_num_threads())
+
+
+def _first(device: Device, dtype: str, effort: Effort) -> float:
+    """An accelerator's kernels suit any number of rows."""
+    if device.torch_device != CPU:
+        return 0.0
+    return _in_thread(partial(ProductTasks(CPU, effort).first_s, dtype))
 
 
 def _slowdowns(

@@ -10,6 +10,8 @@ Shapes as in `flexpipe.model.matmul`.
 from __future__ import annotations
 
 import math
+import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -39,6 +41,7 @@ _SLICE = (CONVERT_ELEMENTS // 4096, 4096)  # of a weight, as `multiply` converts
 _HOME = (4096, 4096)  # what is loaded
 _NUM_BETWEEN = 4  # weights that are met between small pieces of work
 _NUM_SLOTS = 2
+_NEW, _NUM_NEW = (1088, 576), 16  # a weight that nothing else has, and numbers of rows
 _FOREIGN_BYTES = ROTATED_BYTES // 2  # the caches hold what is made of them as well
 _AWAKE = (64, 256, 256)  # rows, in and out features of a product that keeps a team awake
 
@@ -73,6 +76,20 @@ class ProductTasks:
             self._between[dtype] = [self._memory.drawn(shape, dtype) for _ in range(_NUM_BETWEEN)]
         x_TI, out_TO = (self._memory.drawn((PAIR_ROWS["compute"], n), dtype) for n in shape[::-1])
         return partial(_multiply_by, self._between[dtype], x_TI, out_TO, self._memory.workspace(0))
+
+    def first_s(self, dtype: str) -> float:
+        """What a CPU's product takes longer when it meets a number of rows for the first time."""
+        weight_OI = self._memory.drawn(_NEW, dtype)
+        room, longer = self._memory.workspace(0), []
+        for rows in range(1, 2 * _NUM_NEW, 2):
+            x_TI, out_TO = (self._memory.drawn((rows, n), dtype) for n in _NEW[::-1])
+            took = []
+            for turn in range(2):
+                start = time.perf_counter()
+                _multiply_by([weight_OI], x_TI, out_TO, room, turn)
+                took.append(time.perf_counter() - start)
+            longer.append(max(0.0, took[0] - took[1]))
+        return statistics.fmean(longer[1:])  # the first one wakes the team, too
 
     def pair(self, dtype: str, rows: int) -> Task:
         """A product of a millisecond at most."""

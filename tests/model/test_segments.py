@@ -156,7 +156,7 @@ def test_products_agree_with_float64(kernel, add, weight_dtype, monkeypatch):
     a bias."""
     if kernel == "onednn" and not matmul._HAS_ONEDNN:
         pytest.skip("this torch has no oneDNN")
-    monkeypatch.setattr(matmul, "_MIN_ELEMENTS", 0 if kernel == "onednn" else 10**18)
+    monkeypatch.setattr(matmul, "ONEDNN_ELEMENTS", 0 if kernel == "onednn" else 10**18)
     monkeypatch.setattr(matmul, "RESULT_ROWS", 7)
     monkeypatch.setattr(matmul, "RESULT_COLUMNS", 11)
     monkeypatch.setattr(matmul, "CONVERT_ELEMENTS", 13 * 24)
@@ -201,7 +201,7 @@ def test_packed_weights_multiply_like_plain_ones(num_out, num_in, num_rows):
 @pytest.mark.parametrize("activation", [None, "silu", "relu", "gelu", "gelu_tanh"])
 def test_activated_products_agree_wherever_they_are_made(activation, dtype, monkeypatch):
     """Fused in oneDNN's kernel for few tokens, afterwards for more."""
-    monkeypatch.setattr(matmul, "_MIN_ELEMENTS", 0)
+    monkeypatch.setattr(matmul, "ONEDNN_ELEMENTS", 0)
     monkeypatch.setattr(matmul, "RESULT_ROWS", 16)
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(40, 24, generator=generator), torch.randn(50, 24, generator=generator)
@@ -227,7 +227,7 @@ def test_onednn_serves_every_family(variant, hf_checkpoint, monkeypatch):
     path = hf_checkpoint(variant)
     prompts = [[5, 6, 7], list(range(10, 90))]
     before = generate(Decoder(path, num_rows=2), prompts, 3)
-    monkeypatch.setattr(matmul, "_MIN_ELEMENTS", 0)
+    monkeypatch.setattr(matmul, "ONEDNN_ELEMENTS", 0)
     for expected, logits in zip(
         before, generate(Decoder(path, num_rows=2), prompts, 3), strict=True
     ):
