@@ -50,10 +50,12 @@ class ComputeCost:
             return self._head_s(op, layer, shape)
         return self._decoder_s(op, layer, shape)
 
-    def calls_s(self, op: Op) -> float:
+    def calls_s(self, op: Op, shape: Shape) -> float:
         """What of a COMPUTE is calls beside the work in them."""
         layer = self._plan.layers[op.layer]
-        if layer.kind in (LayerKind.EMBED, LayerKind.HEAD) or not pieces_of(layer, op.segment):
+        if layer.kind == LayerKind.EMBED:
+            return self._embed_calls_s(shape)
+        if layer.kind == LayerKind.HEAD or not pieces_of(layer, op.segment):
             return self._profile.overhead("other")
         return self._layer_overhead_s(layer, op.segment)
 
@@ -81,8 +83,12 @@ class ComputeCost:
 
     def _embed_s(self, op: Op, shape: Shape) -> float:
         looked_up = shape.num_new * self._config.input_size
-        seconds = self._profile.overhead("layer") + self.passes_s(_LOOKUP * looked_up)
+        seconds = self._embed_calls_s(shape) + self.passes_s(_LOOKUP * looked_up)
         return seconds + self._products_s(op.layer, None, shape.num_new)
+
+    def _embed_calls_s(self, shape: Shape) -> float:
+        overhead = self._profile.overhead
+        return overhead("embed") + shape.num_rows * overhead("embed_row")
 
     def _head_s(self, op: Op, layer: LayerPlan, shape: Shape) -> float:
         seconds = self._profile.overhead("other")

@@ -332,7 +332,7 @@ class CostModel:
         rate = self.emulation.flops_per_s if self.emulation else None
         seconds = max(work, self._flops(op) / rate) if rate else work
         rows = self._shape(op).num_new
-        calls = _share(self._computing.calls_s(op), seconds)
+        calls = _share(self._computing.calls_s(op, self._shape(op)), seconds)
         return Cost(seconds, self.profile.computing(rows), work / seconds, calls=calls)
 
     def _flops(self, op: Op) -> int:

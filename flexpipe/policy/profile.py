@@ -45,6 +45,8 @@ NARROW_HEAD = 64  # heads up to this attend to prompts at rates of their own
 OVERHEADS = (
     "layer",  # a decoder layer's compute op, beside its work
     "group",  # in one, each further group of rows that attend together
+    "embed",  # the op that embeds, which makes what the step's layers share
+    "embed_row",  # the same, per row
     "other",  # any other compute op, and sampling
     "move",  # a move over a host link
     "copy",  # each further piece of one

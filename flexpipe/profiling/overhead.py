@@ -3,7 +3,7 @@
 Times come from the recorder of real runs, of one row and of many, with everything beside the
 device, with a KV cache that crosses the host links, and with all lanes at work. `commit` reaches to
 the first layer of the next step, less the op that embeds: in between the step is formed and its
-first ops are built, and what its layers share is built by that op.
+first ops are built. What the step's layers share is built by that op.
 """
 
 from __future__ import annotations
@@ -80,6 +80,8 @@ def op_times(device: str, directory: Path, num_steps: int) -> dict[str, float]:
         "layer": one.median_s(one.is_layer),
         "layer_many": many.median_s(many.is_layer),
         "layer_mixed": mixed.median_s(mixed.is_layer),
+        "embed": one.median_s(one.is_embed),
+        "embed_many": many.median_s(many.is_embed),
         "other": one.median_s(one.is_other),
         "hop": moving.hop_s(),
         "commit": one.commit_s(),
@@ -98,18 +100,21 @@ def overheads(tries: Sequence[Mapping[str, float]]) -> dict[str, float]:
     of some tries, since jobs meet what holds a try up as well."""
     mean = {name: statistics.fmean(one[name] for one in tries) for name in tries[0]}
     commit_s, row_s = _split(mean["commit"], mean["commit_many"])
+    embed_s, embed_row_s = _split(mean["embed"], mean["embed_many"])
     move_s, copy_s = _split(mean["move"], mean["move_many"])
     mixed_s = max(0.0, mean["layer_mixed"] - mean["layer_many"])
     return {
         "layer": mean["layer"],
         "group": mixed_s / (MANY_ROWS - 1),
+        "embed": embed_s,
+        "embed_row": embed_row_s,
         "other": mean["other"],
         "move": move_s + copy_s,
         "copy": copy_s,
         "dispatch": mean["dispatch"],
         "hop": mean["hop"],
-        "commit": max(0.0, commit_s - mean["hop"] - mean["layer"]),
-        "commit_row": row_s,
+        "commit": max(0.0, commit_s - mean["hop"] - embed_s),
+        "commit_row": max(0.0, row_s - embed_row_s),
     }
 
 
@@ -251,8 +256,15 @@ class _Run:
         decoder = self.plan.layers[span.op.layer].kind == LayerKind.DECODER
         return span.op.kind == Kind.COMPUTE and decoder
 
+    def is_embed(self, span: Span) -> bool:
+        embeds = self.plan.layers[span.op.layer].kind == LayerKind.EMBED
+        return span.op.kind == Kind.COMPUTE and embeds
+
     def is_other(self, span: Span) -> bool:
-        return span.op.kind in _OTHER or (span.op.kind == Kind.COMPUTE and not self.is_layer(span))
+        computes = span.op.kind == Kind.COMPUTE
+        return span.op.kind in _OTHER or (
+            computes and not self.is_layer(span) and not self.is_embed(span)
+        )
 
     def beside_layers(self) -> float:
         """Lanes at work beside a layer's computing, on the mean."""
