@@ -118,6 +118,24 @@ def test_a_tier_counts_its_pools_the_temporaries_and_the_process(plan):
         assert plan.tier_bytes(Tier.GPU) == 0
 
 
+@pytest.mark.parametrize(("tier", "keeps"), [(Tier.CPU, True), (Tier.GPU, False)])
+def test_a_cpu_keeps_kernels_for_the_numbers_of_rows_that_unlike_requests_bring(
+    monkeypatch, tier, keeps
+):
+    monkeypatch.setattr("flexpipe.plan.stage.ONEDNN_ELEMENTS", 1)
+
+    def process_bytes(needs: list[Need]) -> int:
+        plan = tiny_plan(tier=tier, needs=needs, micro_batch_size=4)
+        pools = sum(pool.num_bytes for pool in plan.pools if pool.tier == Tier.CPU)
+        own = plan.transient_bytes if tier == Tier.CPU else 0
+        return plan.tier_bytes(Tier.CPU) - pools - own
+
+    alike = [Need(8, 4)] * 20
+    even = process_bytes(alike)
+    few, many = (process_bytes([Need(9, 4), *alike[:count]]) for count in (7, 15))
+    assert (even < few < many) if keeps else (even == few == many)
+
+
 def test_weights_that_stay_take_their_bytes_and_no_slots():
     config = tiny_config()
     plan = tiny_plan(config=config, weights=Shares(gpu=1.0))

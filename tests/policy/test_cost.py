@@ -99,6 +99,9 @@ def test_what_an_op_costs_beside_its_work_is_calls():
     for op, cost in costs(plan, Kind.COMPUTE, model):
         if plan.layers[op.layer].kind == LayerKind.DECODER:
             assert cost.calls == pytest.approx(OVERHEADS["layer"] / cost.seconds, abs=0.01)
+        if plan.layers[op.layer].kind == LayerKind.EMBED:
+            expected = OVERHEADS["embed"] + 2 * OVERHEADS["embed_row"]
+            assert cost.calls == pytest.approx(expected / cost.seconds, abs=0.01)
     ((_, cost),) = costs(plan, Kind.COMMIT, model)
     assert cost.calls == 1.0
 

@@ -83,6 +83,17 @@ def test_weights_nearer_to_the_device_never_make_a_job_slower():
     assert took[-1] < took[0]
 
 
+def test_a_product_takes_longer_when_it_meets_a_number_of_rows_for_the_first_time(monkeypatch):
+    monkeypatch.setattr("flexpipe.plan.stage.ONEDNN_ELEMENTS", 1)
+    needs = [Need(20, 3), Need(20, 5)]  # 40 tokens, then two rows, then one
+    plan = tiny_plan(tier=Tier.CPU, needs=needs, micro_batch_size=2)
+    before = predict(plan, needs, REAL)
+    after = predict(plan, needs, machine(overhead_s={**OVERHEADS, "first": 1.0}, slowdown=SLOWDOWN))
+    assert plan.num_product_shapes > 2
+    assert after.prefill_s - before.prefill_s == pytest.approx(plan.num_product_shapes)
+    assert after.decode_s - before.decode_s == pytest.approx(2 * plan.num_product_shapes)
+
+
 def test_a_request_waits_for_the_steps_of_its_own_stay():
     needs = [Need(8, 4)] * 8
     one = tiny_plan(needs=needs, micro_batch_size=8)
