@@ -8,6 +8,8 @@ all. Run again, it goes on where it ended.
 
 A third of the jobs, whose policies a seed draws, is held out: without --final they are neither run
 nor shown, so that what the others teach (--predict-again) is judged by jobs that taught nothing.
+
+The table ends with a yardstick: how wrong a job's run in one round would have been about another.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
-from itertools import product
+from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +226,7 @@ def compare(directory: Path, cases: Sequence[Case]) -> list[dict[str, Any]]:
                 "predicted_first": predictions["made_at"] < result["started_at"],
                 "predicted": row,
                 "measured": _median(runs),
+                "totals": totals,
                 "spread": max(totals) / min(totals) - 1,
             }
         )
@@ -289,10 +292,15 @@ def _bytes(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _summary(rows: Sequence[Mapping[str, Any]]) -> str:
     def line(name: str, some: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[str]:
-        errors = [abs(row["error"][key]) for row in some for key in keys if key in row["error"]]
-        if not errors:
+        return told(
+            name, [row["error"][key] for row in some for key in keys if key in row["error"]]
+        )
+
+    def told(name: str, errors: Sequence[float]) -> list[str]:
+        sizes = [abs(error) for error in errors]
+        if not sizes:
             return [name, "0", "", ""]
-        return [name, str(len(errors)), f"{statistics.median(errors):.1%}", f"{max(errors):.1%}"]
+        return [name, str(len(sizes)), f"{statistics.median(sizes):.1%}", f"{max(sizes):.1%}"]
 
     lines = [
         line("total", rows, ("total",)),
@@ -303,6 +311,8 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> str:
         line("bytes over links", rows, ("h2d", "d2h", "disk_read", "disk_write")),
         line("memory of tiers", rows, ("gpu", "cpu", "disk")),
     ]
+    pairs = [pair for row in rows for pair in permutations(row["totals"], 2)]
+    lines.append(told("total, had a run foretold another", [a / b - 1 for a, b in pairs]))
     return markdown(("error of", "figures", "median", "worst"), lines)
 
 
