@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from flexpipe.beside import Beside
 from flexpipe.errors import PlanError
 from flexpipe.job.found import because, bottleneck_line, opening, prediction_dict, prediction_line
 from flexpipe.job.outlook import Outlook
@@ -163,14 +165,15 @@ def _as_dict(one: Scored) -> dict[str, Any]:
 def propose(outlook: Outlook, given: Mapping[str, Any], limits: Limits, date: str) -> Proposal:
     """Search for a plan; a PlanError where none fits, or none that fits keeps the limits."""
     began = time.perf_counter()
-    machine = outlook.machine
-    found = search(given, outlook.planner(), outlook.needs, machine, limits, explain=True)
-    if found.best is None:
-        if found.refused:
-            raise PlanError(_too_strict(found.refused))
-        _refuse(outlook, given, limits)
-    assert found.best is not None
-    shared = predict_shared(outlook, given, limits, least=1)
+    machine, planner = outlook.machine, outlook.planner()
+    with Beside(partial(predict_shared, outlook, given, limits, least=1)) as beside:
+        found = search(given, planner, outlook.needs, machine, limits, explain=True)
+        if found.best is None:
+            if found.refused:
+                raise PlanError(_too_strict(found.refused))
+            _refuse(outlook, given, limits)
+        assert found.best is not None
+        shared = beside.result()
     took_s = time.perf_counter() - began
     plan = found.best.plan
     return Proposal(

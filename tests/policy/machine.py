@@ -46,7 +46,7 @@ def machine(**changes: Any) -> Profile:
 
 OVERHEADS = {
     "layer": 200e-6,
-    "embed": 400e-6,
+    "embed": 150e-6,
     "embed_row": 5e-6,
     "other": 90e-6,
     "move": 25e-6,
