@@ -9,9 +9,9 @@ policies need (a dtype, a compression) is an error when such a policy is priced,
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -167,24 +167,24 @@ class Profile:
     @cached_property
     def pace(self) -> Pace:
         """How the lanes of a rank that runs here get along."""
-        points = [(0.0, 0.0), *sorted(self.wake_s.items())]
-
-        def wake_s(idle_s: float) -> float:
-            for (least_s, least), (most_s, most) in pairwise(points):
-                if idle_s < most_s:
-                    return least + (most - least) * (idle_s - least_s) / (most_s - least_s)
-            return points[-1][1]
-
         return Pace(
             slowdown=self.slowdown,
             hop_s=self.overhead("hop"),
-            wake_s=wake_s,
+            wake_s=partial(_straight, [(0.0, 0.0), *sorted(self.wake_s.items())]),
             dispatch_s=self.overhead("dispatch"),
         )
 
     @cached_property
     def _knows_few(self) -> bool:
         return any("compute_few" in pair for pair in self.slowdown)
+
+
+def _straight(points: Sequence[tuple[float, float]], at: float) -> float:
+    """Between two points a line, beyond the last what it is there."""
+    for (least, low), (most, high) in pairwise(points):
+        if at < most:
+            return low + (high - low) * (at - least) / (most - least)
+    return points[-1][1]
 
 
 def read_profile(path: Path) -> Profile:

@@ -73,6 +73,10 @@ CostOf = Callable[[Op], Cost]
 OnCommit = Callable[[MicroBatch, float], None]
 
 
+def _at_once(idle_s: float) -> float:
+    return 0.0
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pace:
     """How the lanes of a machine get along.
@@ -85,7 +89,7 @@ class Pace:
 
     slowdown: Pairs = field(default_factory=dict)
     hop_s: float = 0.0
-    wake_s: Callable[[float], float] = lambda idle_s: 0.0
+    wake_s: Callable[[float], float] = _at_once
     dispatch_s: float = 0.0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -89,6 +90,11 @@ def test_a_lane_wakes_the_later_the_longer_it_was_idle():
         [0, 0, 5e-4, 1e-3]
     )
     assert machine().pace.wake_s(1.0) == 0.0
+
+
+def test_a_profile_that_was_used_can_be_sent_to_another_process():
+    pace = WHOLE.pace
+    assert pickle.loads(pickle.dumps(WHOLE)).pace.wake_s(2e-3) == pace.wake_s(2e-3)
 
 
 def test_a_written_profile_says_where_and_when_it_was_measured(tmp_path):
