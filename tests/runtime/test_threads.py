@@ -93,9 +93,7 @@ def test_any_number_of_threads_gives_the_same_tokens(counts):
 
 def test_there_is_one_team_of_torchs_threads(counts):
     """Loading, too, must not leave a second team behind: it would fight for the cores."""
-    several, alone = counts[NUM_THREADS], counts[1]
-    more = (several["peak"] - several["before"]) - (alone["peak"] - alone["before"])
-    assert more == NUM_THREADS - 1
+    assert [counts[number]["team"] for number in (1, NUM_THREADS)] == [0, NUM_THREADS - 1]
 
 
 def test_no_lane_and_no_team_outlives_the_run(counts):

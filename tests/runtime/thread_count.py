@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import statistics
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -30,12 +32,21 @@ def num_threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
+def num_foreign_threads() -> int:
+    """Those that Python did not start: teams of torch's. A thread may come or go meanwhile."""
+    known = {thread.native_id for thread in threading.enumerate()}
+    there = {int(name) for name in os.listdir("/proc/self/task")}
+    return len(there - known - {thread.native_id for thread in threading.enumerate()})
+
+
 def main(model: str, folder: str) -> None:
-    before, during = num_threads(), []
+    before, foreign_before = num_threads(), num_foreign_threads()  # imports start some
+    during, foreign = [], []
     teams: dict[str, dict[str, int]] = {}
 
     def look(op: Op) -> None:
         during.append(num_threads())
+        foreign.append(num_foreign_threads())
         if op.lane.value not in teams:
             told = torch.__config__.parallel_info()
             found = re.findall(r"(get_num|omp_get_max|mkl_get_max)_threads\(\)\s*:\s*(\d+)", told)
@@ -44,7 +55,9 @@ def main(model: str, folder: str) -> None:
     run = Runner(Path(model), Path(folder), ragged_prompts([100, 90, 80, 70]), 4)
     tokens = [run(KNOBS, probes=Probes(before_op=look)).tokens for _ in range(2)]
     told = {"before": before, "peak": max(during), "after": num_threads(), "teams": teams}
-    print(json.dumps({**told, "tokens": tokens}))
+    # the most frequent count, for threads that have ended are listed for a moment longer
+    team = statistics.mode(foreign) - foreign_before
+    print(json.dumps({**told, "team": team, "tokens": tokens}))
 
 
 if __name__ == "__main__":
