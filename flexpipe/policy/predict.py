@@ -176,11 +176,19 @@ def predict_stages(
         if exact
         else _extrapolated(costs, queue, rehearsal, effort)
     )
-    firsts, first_s = rehearsal.num_new_rows(), max(one.new_rows_s for one in costs)
+    return _with_first_times(made, rehearsal, max(one.new_rows_s for one in costs))
+
+
+def _with_first_times(made: Prediction, rehearsal: Rehearsal, each_s: float) -> Prediction:
+    """What kernels for new numbers of rows take, which no op tells alone; requests wait for them as
+    they do for all that a run takes."""
+    in_prefill, in_decode = rehearsal.num_new_rows()
+    longer = 1 + (in_prefill + in_decode) * each_s / made.run_s if made.run_s else 1.0
     return replace(
         made,
-        prefill_s=made.prefill_s + firsts[0] * first_s,
-        decode_s=made.decode_s + firsts[1] * first_s,
+        prefill_s=made.prefill_s + in_prefill * each_s,
+        decode_s=made.decode_s + in_decode * each_s,
+        latency_s=made.latency_s * longer,
     )
 
 

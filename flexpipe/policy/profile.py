@@ -12,10 +12,10 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from flexpipe.errors import FlexpipeError, InputError, PolicyError
@@ -167,10 +167,11 @@ class Profile:
     @cached_property
     def pace(self) -> Pace:
         """How the lanes of a rank that runs here get along."""
+        idle_s = sorted(self.wake_s)
         return Pace(
             slowdown=self.slowdown,
             hop_s=self.overhead("hop"),
-            wake_s=partial(_straight, [(0.0, 0.0), *sorted(self.wake_s.items())]),
+            wake_s=partial(_between, (0.0, *idle_s), (0.0, *(self.wake_s[at] for at in idle_s))),
             dispatch_s=self.overhead("dispatch"),
         )
 
@@ -179,12 +180,8 @@ class Profile:
         return any("compute_few" in pair for pair in self.slowdown)
 
 
-def _straight(points: Sequence[tuple[float, float]], at: float) -> float:
-    """Between two points a line, beyond the last what it is there."""
-    for (least, low), (most, high) in pairwise(points):
-        if at < most:
-            return low + (high - low) * (at - least) / (most - least)
-    return points[-1][1]
+def _between(sizes: Sequence[float], values: Sequence[float], at: float) -> float:
+    return float(np.interp(at, sizes, values))
 
 
 def read_profile(path: Path) -> Profile:

@@ -40,6 +40,7 @@ PAIR_ROWS = {"compute": 64, "compute_few": 8}  # of products whose pace beside o
 _SLICE = (CONVERT_ELEMENTS // 4096, 4096)  # of a weight, as `multiply` converts it
 _HOME = (4096, 4096)  # what is loaded
 _NUM_BETWEEN = 4  # weights that are met between small pieces of work
+_SCRATCH_BYTES = CONVERT_ELEMENTS * 4  # a slice in the widest dtype
 _NUM_SLOTS = 2
 _NEW, _NUM_NEW = (1088, 576), 16  # a weight that nothing else has, and numbers of rows
 _FOREIGN_BYTES = ROTATED_BYTES // 2  # the caches hold what is made of them as well
@@ -136,10 +137,11 @@ class ProductTasks:
         weights: Sequence[Weight],
         rows: Sequence[int] | None = None,
         before: Callable[[int], object] | None = None,
+        room_bytes: int = 0,
     ) -> Iterator[Task]:
         """With some rows after others, as far as effort allows."""
         num_out, num_in = weights[0].shape
-        dtype, room = str(key[1]).split(">")[-1], self._memory.workspace()
+        dtype, room = str(key[1]).split(">")[-1], self._memory.workspace(room_bytes)
         for num_rows in rows or self._effort.rows:
             flops = 2 * num_rows * num_out * num_in
             if flops > self._effort.most_flops:
@@ -166,7 +168,9 @@ class ProductTasks:
                 )
             else:
                 key = ("converted", what, math.prod(shape))
-                yield from self._multiplied(key, weights, self._effort.converted_rows)
+                yield from self._multiplied(
+                    key, weights, self._effort.converted_rows, room_bytes=_SCRATCH_BYTES
+                )
 
     def _foreign(
         self, dtype: str, shapes: Sequence[tuple[int, int]]

@@ -92,6 +92,7 @@ def test_a_product_takes_longer_when_it_meets_a_number_of_rows_for_the_first_tim
     assert plan.num_product_shapes > 2
     assert after.prefill_s - before.prefill_s == pytest.approx(plan.num_product_shapes)
     assert after.decode_s - before.decode_s == pytest.approx(2 * plan.num_product_shapes)
+    assert after.latency_s / before.latency_s == pytest.approx(after.run_s / before.run_s)
 
 
 def test_a_request_waits_for_the_steps_of_its_own_stay():
