@@ -34,6 +34,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias, TypeVar
 
@@ -168,6 +169,12 @@ class _Extent:
             end += view.nbytes
         return end == self.offset + self.num_bytes
 
+    def hand_out(self, source: _Bytes) -> None:
+        """Copy to every piece its part of the extent's bytes."""
+        for offset, destination in self.pieces:
+            start = offset - self.offset
+            np.copyto(destination, source[start : start + destination.nbytes])
+
 
 class DiskFile(Closing):
     """One file on the disk tier; reads and writes may come from several threads at once."""
@@ -257,8 +264,9 @@ class DiskFile(Closing):
             if not (aligned and self._together("read", pieces)):
                 extents = _coalesce(pieces, max_gap=0 if aligned else SPAN_GAP_BYTES)
                 num_bytes = sum(extent.num_bytes for extent in extents)
-                in_flight = min(SCATTERED_IN_FLIGHT, len(extents))
-                _drain(self._read_extent, extents, in_flight, self._stop)
+                if aligned or not self._bounce_together(extents):
+                    in_flight = min(SCATTERED_IN_FLIGHT, len(extents))
+                    _drain(self._read_extent, extents, in_flight, self._stop)
         self.counter.add_read(num_bytes, time.perf_counter() - start_s)
 
     def write(self, buffer: Buffer, offset: int) -> None:
@@ -341,6 +349,20 @@ class DiskFile(Closing):
         spans = [aio.Span(offset, view.nbytes, _address(view)) for offset, view in pieces]
         return bool(aio.transfer(self._fd, kind, spans, lambda: _check(self._stop)))
 
+    def _bounce_together(self, extents: Sequence[_Extent]) -> bool:
+        """The same for small extents of which only parts are wanted."""
+        ends = [*accumulate(extent.num_bytes for extent in extents)]
+        if not self.direct or not ends or ends[-1] > BOUNCE_CHUNK_BYTES:
+            return False
+        with _bounce_ring().borrow(self._stop) as buffer:
+            parts = np.split(buffer[: ends[-1]], ends[:-1])
+            offsets = [extent.offset for extent in extents]
+            if not self._together("read", [*zip(offsets, parts, strict=True)]):
+                return False
+            for extent, part in zip(extents, parts, strict=True):
+                extent.hand_out(part)
+        return True
+
     def _read_extent(self, extent: _Extent) -> None:
         if extent.is_aligned:
             views = [view.data for _, view in extent.pieces]
@@ -350,9 +372,7 @@ class DiskFile(Closing):
         with _bounce_ring().borrow(self._stop) as buffer:
             wanted = min(extent.num_bytes, self.size - extent.offset)
             self._read_exactly(buffer[: round_up(wanted)], extent.offset, wanted)
-            for offset, destination in extent.pieces:
-                start = offset - extent.offset
-                np.copyto(destination, buffer[start : start + destination.nbytes])
+            extent.hand_out(buffer)
 
     def _read_exactly(self, view: _Bytes, offset: int, wanted: int) -> None:
         """Fill the first `wanted` bytes; `view` is longer where the last block is short."""

@@ -197,14 +197,24 @@ class CostModel:
         overhead = self.profile.overhead
         return overhead("move") + max(0, pieces - 1) * overhead("copy")
 
-    def _disk(self, link: str, num_bytes: int, extents: int = 1) -> Cost:
-        """Pieces are in flight together: their latencies bound them, or their bytes."""
+    def _disk(self, link: str, num_bytes: int, extents: int = 1, beside_s: float = 0.0) -> Cost:
+        """Pieces are in flight together: their latencies bound them, or their bytes. What passes
+        `beside_s` them is calls."""
         kind = link.removeprefix("disk_")
         latency = self.profile.overhead(kind)
         latency += max(0, extents - 1) * self.profile.overhead(f"{kind}_span")
-        work = max(latency, self._link_s(link, num_bytes))
+        work = beside_s + max(latency, self._link_s(link, num_bytes))
         in_flight_s = work * min(1.0, DISK_QUEUE_BYTES / max(1, num_bytes))
-        return self._over(link, num_bytes, work, link, self._calls_s(extents), in_flight_s)
+        calls_s = beside_s + self._calls_s(extents)
+        return self._over(link, num_bytes, work, link, calls_s, in_flight_s)
+
+    def _disk_cache(self, link: str, num_bytes: int, extents: int, rows: int) -> Cost:
+        """Whole pages of some rows, and what their tails in memory take in any case."""
+        overhead = self.profile.overhead
+        beside_s = overhead("disk_cache") + rows * overhead("disk_cache_row")
+        if num_bytes:
+            return self._disk(link, num_bytes, extents, beside_s)
+        return Cost(beside_s, calls=1.0)
 
     def _link_s(self, link: str, num_bytes: int, pieces: int = 1) -> float:
         curve = self._link(link)
@@ -261,7 +271,7 @@ class CostModel:
 
     def _read_cache(self, op: Op) -> Cost:
         shape = self._shape(op)
-        return self._disk("disk_read", shape.read_bytes, shape.read_extents)
+        return self._disk_cache("disk_read", shape.read_bytes, shape.read_extents, shape.disk_rows)
 
     def _load_cache(self, op: Op) -> Cost:
         shape = self._shape(op)
@@ -273,11 +283,9 @@ class CostModel:
 
     def _write_cache(self, op: Op) -> Cost:
         shape = self._shape(op)
-        cost = self._disk("disk_write", shape.write_bytes, shape.write_extents)
-        if shape.write_bytes:
-            return cost
-        # nothing but tails that stay in memory
-        return Cost(self.profile.overhead("move"), "copy")
+        return self._disk_cache(
+            "disk_write", shape.write_bytes, shape.write_extents, shape.disk_rows
+        )
 
     def _hidden_bytes(self, op: Op, unit: int = 1) -> int:
         tokens = self._shape(op).num_new

@@ -54,6 +54,8 @@ OVERHEADS = (
     "read_span",  # each further piece of a scattered read
     "write",  # the same of writes
     "write_span",
+    "disk_cache",  # a KV cache's move from or to the disk, beside its bytes
+    "disk_cache_row",  # the same, per row
     "first",  # a product's first time with so many rows, for which a kernel is made
     "dispatch",  # the interpreter's time that the dispatcher takes for an op, beside the lanes
     "hop",  # from an op's end to the start of one on another lane that waits for it

@@ -39,7 +39,7 @@ from flexpipe.profiling.machine import (
     worthwhile_dtypes,
 )
 
-METHOD = 5
+METHOD = 6
 
 log = logging.getLogger("flexpipe")
 

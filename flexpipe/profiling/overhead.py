@@ -1,9 +1,9 @@
 """What an op costs beside its work: a model of next to no work, run by the engine itself.
 
 Times come from the recorder of real runs, of one row and of many, with everything beside the
-device, with a KV cache that crosses the host links, and with all lanes at work. `commit` reaches to
-the first layer of the next step, less the op that embeds: in between the step is formed and its
-first ops are built. What the step's layers share is built by that op.
+device, with a KV cache that crosses the host links or lies on disk, and with all lanes at work.
+`commit` reaches to the first layer of the next step, less the op that embeds: in between the step
+is formed and its first ops are built. What the step's layers share is built by that op.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -67,14 +68,17 @@ def op_times(device: str, directory: Path, num_steps: int) -> dict[str, float]:
     """
     away = "emulated" if device == "cpu" else device
 
-    def run(name: str, home: Tier, rows: int, *, block: int = 1, mixed: bool = False) -> _Run:
+    def run(
+        name: str, home: Tier, rows: int, *, block: int = 1, mixed: bool = False, **knobs: Any
+    ) -> _Run:
         policy = _policy(home, Tier.CPU if name == "cpu" else Tier.GPU, rows, block)
-        return _Run.make(name, directory, policy, num_steps, mixed=mixed)
+        return _Run.make(name, directory, replace(policy, **knobs), num_steps, mixed=mixed)
 
     beside = Tier.CPU if device == "cpu" else Tier.GPU
     one, many = (run(device, beside, rows) for rows in (1, MANY_ROWS))
     mixed = run(device, beside, MANY_ROWS, mixed=True)
     moving, moving_many = (run(away, Tier.CPU, rows) for rows in (1, MANY_ROWS))
+    paging, paging_many = (run(device, Tier.DISK, rows, strategy="none") for rows in (1, MANY_ROWS))
     still, busy = (run(away, home, _BLOCK_ROWS, block=_BLOCK) for home in (Tier.GPU, Tier.DISK))
     return {
         "layer": one.median_s(one.is_layer),
@@ -92,6 +96,8 @@ def op_times(device: str, directory: Path, num_steps: int) -> dict[str, float]:
         "ops": busy.ops_per_second(),
         "move": moving.median_s(_is_move),
         "move_many": moving_many.median_s(_is_move),
+        "disk_cache": paging.median_s(_is_write),
+        "disk_cache_many": paging_many.median_s(_is_write),
     }
 
 
@@ -102,6 +108,7 @@ def overheads(tries: Sequence[Mapping[str, float]]) -> dict[str, float]:
     commit_s, row_s = _split(mean["commit"], mean["commit_many"])
     embed_s, embed_row_s = _split(mean["embed"], mean["embed_many"])
     move_s, copy_s = _split(mean["move"], mean["move_many"])
+    disk_cache_s, disk_cache_row_s = _split(mean["disk_cache"], mean["disk_cache_many"])
     mixed_s = max(0.0, mean["layer_mixed"] - mean["layer_many"])
     return {
         "layer": mean["layer"],
@@ -111,6 +118,8 @@ def overheads(tries: Sequence[Mapping[str, float]]) -> dict[str, float]:
         "other": mean["other"],
         "move": move_s + copy_s,
         "copy": copy_s,
+        "disk_cache": disk_cache_s,
+        "disk_cache_row": disk_cache_row_s,
         "dispatch": mean["dispatch"],
         "hop": mean["hop"],
         "commit": max(0.0, commit_s - mean["hop"] - embed_s),
@@ -153,6 +162,11 @@ def _policy(home: Tier, beside: Tier, rows: int, block: int) -> Policy:
 
 def _is_move(span: Span) -> bool:
     return span.op.kind in _MOVES
+
+
+def _is_write(span: Span) -> bool:
+    """Of a KV cache to the disk: mostly tails alone, for few tokens fill a page."""
+    return span.op.kind == Kind.WRITE_CACHE
 
 
 class _Rows:

@@ -142,6 +142,25 @@ def test_read_spans_fills_scattered_overlapping_and_long_pieces(tmp_path: Path) 
         assert out == data[offset : offset + num_bytes]
 
 
+@pytest.mark.parametrize("last", [0, 1])  # one that ends within the file's last block
+def test_small_unaligned_pieces_go_to_the_kernel_together(
+    tmp_path: Path, last: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = written(tmp_path / "f", MIB + 77)
+    drawn = np.random.default_rng(2).integers(0, MIB - 3000, size=60)
+    places = [*map(int, drawn), *[len(data) - 3000] * last]
+    outs = [memoryview(bytearray(3000)) for _ in places]
+    by_threads: list[object] = []
+    drain = disk._drain
+    monkeypatch.setattr(disk, "_drain", lambda *how: (by_threads.append(how), drain(*how)))
+    with DiskFile(tmp_path / "f") as file:
+        if not file.direct or aio.transfer(file._fd, "read", []) is None:
+            pytest.skip("no asynchronous direct reads here")
+        file.read_spans([(at, 3000, out) for at, out in zip(places, outs, strict=True)])
+    assert [bytes(out) for out in outs] == [data[at : at + 3000] for at in places]
+    assert len(by_threads) == last  # which the kernel cannot read whole blocks of
+
+
 def test_neighbouring_spans_are_read_as_one_extent() -> None:
     row = np.zeros(512, dtype=np.uint8)
     rows = [(index * 512, row) for index in (3, 1, 2, 0)]

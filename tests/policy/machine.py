@@ -52,6 +52,8 @@ OVERHEADS = {
     "move": 25e-6,
     "copy": 5e-6,
     "read": 180e-6,
+    "disk_cache": 85e-6,
+    "disk_cache_row": 4e-6,
     "hop": 70e-6,
     "commit": 600e-6,
     "commit_row": 20e-6,

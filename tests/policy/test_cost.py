@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from flexpipe.errors import PolicyError
 from flexpipe.model.cost import attend_flops, decoder_flops, num_attended
+from flexpipe.plan.block import KV_PAGE
 from flexpipe.plan.hardware import DISK_QUEUE_BYTES, EMULATED_TURN_S, Emulation
 from flexpipe.plan.layer import LayerKind
 from flexpipe.plan.plan import Plan
@@ -88,6 +89,25 @@ def test_a_transfer_has_no_more_in_flight_than_its_device_takes():
         plan_on(Tier.GPU, **OFF_DEVICE), Kind.LOAD_WEIGHT, CostModel(plan, machine())
     )
     assert cost.in_flight_s == 0.0  # of a real link nothing is known
+
+
+def test_a_kv_cache_on_disk_costs_calls_per_row_and_bytes_only_where_pages_are_whole():
+    plan = plan_on(Tier.CPU, kv_cache=DISK)
+    model = CostModel(plan, machine(overhead_s=OVERHEADS))
+    beside_s = OVERHEADS["disk_cache"] + 2 * OVERHEADS["disk_cache_row"]
+    of_a_page = KV_PAGE // plan.token_bytes
+    known = (
+        (Kind.READ_CACHE, "disk_read", 2e9, OVERHEADS["read"]),
+        (Kind.WRITE_CACHE, "disk_write", 1e9, 0.0),
+    )
+    for kind, link, rate, latency_s in known:
+        ((_, tails), *_) = costs(plan, kind, model, context=1)
+        assert (tails.seconds, tails.calls, tails.link) == (pytest.approx(beside_s), 1.0, "")
+        ((_, pages), *_) = costs(plan, kind, model, context=of_a_page, tokens=of_a_page)
+        assert pages.link == link
+        assert pages.num_bytes >= 2 * KV_PAGE  # of two rows; short gaps are read over
+        link_s = max(latency_s, pages.num_bytes / rate)
+        assert pages.seconds == pytest.approx(beside_s + link_s)
 
 
 def test_what_an_op_costs_beside_its_work_is_calls():
