@@ -1,10 +1,11 @@
 """How well does the policy engine know what a job will take, before it runs?
 
 Jobs under unlike policies (`unlike_policies.py`), each predicted from this machine's profile and
-then run. The order keeps it honest, and the files in the directory given show it: the profile is
-measured first, all predictions are written next, only then do jobs run, every one in a process of
-its own, in three rounds of all jobs: a slow quarter of an hour then hits one run of a job and not
-all. Run again, it goes on where it ended.
+then run, in rounds. The order within a round keeps it honest, and the files in the directory given
+show it: the profile is measured first, all predictions are written next, only then does every job
+run once, in a process of its own. A machine that others share changes its pace within the hour, so
+each round begins with a profile of its own; told and measured are medians over the rounds. Run
+again, it goes on where it ended.
 
 A third of the jobs, whose policies a seed draws, is held out: without --final they are neither run
 nor shown, so that what the others teach (--predict-again) is judged by jobs that taught nothing.
@@ -15,7 +16,6 @@ The table ends with a yardstick: how wrong a job's run in one round would have b
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import os
 import statistics
@@ -25,10 +25,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
-from itertools import permutations, product
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -147,101 +145,91 @@ def _figures(report: Report) -> dict[str, Any]:
     }
 
 
-def write_profile(directory: Path, rounds: int | None, cores: float) -> None:
+def write_profile(folder: Path, offload_dir: Path, rounds: int | None, cores: float) -> None:
     """The machine's, as `flexpipe profile --rounds` measures it."""
-    measure = partial(measure_profile, "cpu", directory / "offload", quick=False, rounds=rounds)
+    measure = partial(measure_profile, "cpu", offload_dir, quick=False, rounds=rounds)
     taken = quietly(measure, cores=cores)
-    _write(directory / "pace.json", {"others_cores": taken.others, **pace()})
-    (directory / PROFILE).write_text(render_profile(taken.value), encoding="utf-8")
+    _write(folder / "pace.json", {"others_cores": taken.others, **pace()})
+    (folder / PROFILE).write_text(render_profile(taken.value), encoding="utf-8")
 
 
-def write_predictions(directory: Path) -> None:
-    """All of them, safe on the disk before anything runs."""
-    rows = {case.name: _apart("--predict", case, directory) for case in CASES}
-    _write(directory / PREDICTIONS, {"made_at": time.time(), "machine": machine(), "rows": rows})
+def write_predictions(folder: Path) -> None:
+    """All of a round, safe on the disk before anything of it runs."""
+    rows = {case.name: _apart("--predict", case, folder) for case in CASES}
+    _write(folder / PREDICTIONS, {"made_at": time.time(), "machine": machine(), "rows": rows})
 
 
-def predict_once(case: Case, directory: Path) -> dict[str, Any]:
+def predict_once(case: Case, folder: Path) -> dict[str, Any]:
     """What is kept of a prediction, and how long it took."""
-    profile = read_profile(directory / PROFILE)
+    profile = read_profile(folder / PROFILE)
     start = time.perf_counter()
-    made = predicted(case, directory, profile)
-    kept = {name: value for name, value in asdict(made).items() if name != "spans"}
-    return {**kept, "total_s": made.total_s, "took_s": time.perf_counter() - start}
+    made = predicted(case, folder.parent, profile)
+    times = {f"{name}_s": getattr(made, f"{name}_s") for name in TIMES}
+    num_bytes = {"link_bytes": dict(made.link_bytes), "tier_bytes": dict(made.tier_bytes)}
+    return {**times, **num_bytes, "took_s": time.perf_counter() - start}
 
 
-def run_all(
-    directory: Path, cases: Sequence[Case], repetitions: int, cores: float, lock: Path | None
-) -> None:
-    """Round by round, each job once, but for what is there already."""
-    for done, case in product(range(repetitions), cases):
-        path = _result(directory, case)
-        kept = _read(path) if path.exists() else {"started_at": time.time(), "runs": []}
-        if len(kept["runs"]) > done:
+def run_jobs(folder: Path, cases: Sequence[Case], cores: float, *, first: bool) -> None:
+    """Those of a round that have not run yet; in the first one, others make compressed files."""
+    for case in cases:
+        path = _result(folder, case)
+        if path.exists():
             continue
-        print(f"{time.strftime('%H:%M:%S')} {done + 1} {case.name}", file=sys.stderr)
-        with _held(lock):
-            if not done and case.compresses:
-                _apart("--run", case, directory)  # makes the files that others find
-            taken = quietly(partial(_apart, "--run", case, directory), cores=cores)
-        runs = [*kept["runs"], {**taken.value, "others_cores": taken.others}]
+        print(f"{time.strftime('%H:%M:%S')} {folder.name} {case.name}", file=sys.stderr)
+        started_at = time.time()
+        if first and case.compresses:
+            _apart("--run", case, folder)
+        taken = quietly(partial(_apart, "--run", case, folder), cores=cores)
         path.parent.mkdir(exist_ok=True)
-        _write(path, {**kept, "machine": machine(), "runs": runs})
+        kept = {"started_at": started_at, "machine": machine(), "others_cores": taken.others}
+        _write(path, {**kept, "run": taken.value})
 
 
-def _apart(what: str, case: Case, directory: Path) -> dict[str, Any]:
+def _apart(what: str, case: Case, folder: Path) -> dict[str, Any]:
     """In a process of its own, so that nothing is left in memory from another."""
-    command = [sys.executable, "-m", "benchmarks.prediction", str(directory), what, case.name]
+    command = [sys.executable, "-m", "benchmarks.prediction", str(folder), what, case.name]
     ran = subprocess.run(command, cwd=REPO, check=True, stdout=subprocess.PIPE, text=True)
     return dict(json.loads(ran.stdout.splitlines()[-1]))
 
 
-@contextmanager
-def _held(lock: Path | None) -> Iterator[None]:
-    if lock is None:
-        yield
-        return
-    with lock.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _result(folder: Path, case: Case) -> Path:
+    return folder / "runs" / f"{CASES.index(case):02}.json"
 
 
-def _result(directory: Path, case: Case) -> Path:
-    return directory / "runs" / f"{CASES.index(case):02}.json"
-
-
-def compare(directory: Path, cases: Sequence[Case]) -> list[dict[str, Any]]:
-    """Predicted beside measured, the median of the repetitions, and the error of the former."""
-    predictions = _read(directory / PREDICTIONS)
+def compare(folders: Sequence[Path], cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """Predicted beside measured, each the median of the rounds, and the error of the former."""
+    predictions = [_read(folder / PREDICTIONS) for folder in folders]
     found = []
     for case in cases:
-        result = _read(_result(directory, case))
-        row = predictions["rows"][case.name]
-        runs = result["runs"]
+        told = [one["rows"][case.name] for one in predictions]
+        results = [_read(_result(folder, case)) for folder in folders]
+        runs = [result["run"] for result in results]
         totals = [run["total_s"] for run in runs]
-        found.append(
-            {
-                "case": case.name,
-                "held_out": case.name in HELD_OUT,
-                "predicted_first": predictions["made_at"] < result["started_at"],
-                "predicted": row,
-                "measured": _median(runs),
-                "totals": totals,
-                "spread": max(totals) / min(totals) - 1,
-            }
-        )
-        found[-1]["error"] = _errors(found[-1]["predicted"], found[-1]["measured"])
+        row = {
+            "case": case.name,
+            "held_out": case.name in HELD_OUT,
+            "predicted_first": all(
+                one["made_at"] < result["started_at"]
+                for one, result in zip(predictions, results, strict=True)
+            ),
+            "predicted": _median(told),
+            "measured": _median(runs),
+            "told": [one["total_s"] for one in told],
+            "totals": totals,
+            "spread": max(totals) / min(totals) - 1,
+        }
+        found.append({**row, "error": _errors(row["predicted"], row["measured"])})
     return found
 
 
 def _median(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of every figure; byte counts and busy times stay by name."""
-    first = runs[0]
+    """Of every figure; byte counts and busy times stay by name, where none is told it is 0."""
+    keys = dict.fromkeys(key for run in runs for key in run)
     return {
         key: _median([run[key] for run in runs])
-        if isinstance(value, dict)
-        else statistics.median(run[key] for run in runs)
-        for key, value in first.items()
+        if isinstance(runs[0].get(key), dict)
+        else statistics.median(run.get(key, 0) for run in runs)
+        for key in keys
     }
 
 
@@ -305,6 +293,13 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         line("total", rows, ("total",)),
         line("total, held out", [row for row in rows if row["held_out"]], ("total",)),
+        *(
+            told(
+                f"total, round {index + 1} alone",
+                [row["told"][index] / row["totals"][index] - 1 for row in rows],
+            )
+            for index in range(len(rows[0]["totals"]))
+        ),
         line("load", rows, ("load",)),
         line("prefill", rows, ("prefill",)),
         line("decode", rows, ("decode",)),
@@ -336,33 +331,34 @@ def main() -> int:
     parser.add_argument("--final", action="store_true", help="run and show the held-out jobs too")
     parser.add_argument("--predict-again", action="store_true", help="with the code as it is now")
     parser.add_argument("--profile-rounds", type=int, help="those of flexpipe profile --rounds")
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--others",
         type=float,
         default=QUIET_CORES,
         help="cores that others may keep busy",
     )
-    parser.add_argument("--lock", type=Path, help="a file to lock while a job is measured")
     parser.add_argument("--json", type=Path, help="write the raw figures here")
-    parser.add_argument("--predict", help=argparse.SUPPRESS)  # one job, in this process
+    parser.add_argument("--predict", help=argparse.SUPPRESS)  # one job of a round, in this process
     parser.add_argument("--run", help=argparse.SUPPRESS)  # likewise
     args = parser.parse_args()
     directory: Path = args.directory.absolute()
-    os.environ[PROFILE_VARIABLE] = str(directory / PROFILE)  # also for what the runs predict
     if args.predict or args.run:
+        os.environ[PROFILE_VARIABLE] = str(directory / PROFILE)  # also for what runs predict
         case = next(case for case in CASES if case.name == (args.predict or args.run))
-        print(json.dumps((predict_once if args.predict else run_once)(case, directory)))
+        made = predict_once(case, directory) if args.predict else run_once(case, directory.parent)
+        print(json.dumps(made))
         return 0
-    directory.mkdir(parents=True, exist_ok=True)
-    with _held(args.lock):
-        if not (directory / PROFILE).exists():
-            write_profile(directory, args.profile_rounds, args.others)
-        if args.predict_again or not (directory / PREDICTIONS).exists():
-            write_predictions(directory)
     cases = [case for case in CASES if args.final or case.name not in HELD_OUT]
-    run_all(directory, cases, args.repetitions, args.others, args.lock)
-    rows = compare(directory, cases)
+    folders = [directory / f"round-{index + 1}" for index in range(args.rounds)]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / PROFILE).exists():
+            write_profile(folder, directory / "offload", args.profile_rounds, args.others)
+        if args.predict_again or not (folder / PREDICTIONS).exists():
+            write_predictions(folder)
+        run_jobs(folder, cases, args.others, first=folder is folders[0])
+    rows = compare(folders, cases)
     if args.final and not all(row["predicted_first"] for row in rows):
         raise SystemExit("a job ran before its prediction was made; start in a new directory")
     print(tables(rows))
