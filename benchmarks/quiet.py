@@ -58,8 +58,8 @@ def _wait_until_quiet(cores: float) -> None:
 
 def _others_s() -> float:
     """Processor time, since the machine started, of all but this process and those it waited for,
-    on the cores that this process may use."""
+    on the cores that this process may use; what a virtual machine's host took from them as well."""
     every, own = psutil.cpu_times(percpu=True), psutil.Process().cpu_times()
     cores = [every[core] for core in os.sched_getaffinity(0)]
-    busy = sum(core.user + core.nice + core.system for core in cores)
+    busy = sum(core.user + core.nice + core.system + getattr(core, "steal", 0.0) for core in cores)
     return float(busy - own.user - own.system - own.children_user - own.children_system)

@@ -58,6 +58,7 @@ OVERHEADS = (
     "disk_cache_row",  # the same, per row
     "first",  # a product's first time with so many rows, for which a kernel is made
     "dispatch",  # the interpreter's time that the dispatcher takes for an op, beside the lanes
+    "turn",  # from an op's end to the start of the next one on its lane
     "hop",  # from an op's end to the start of one on another lane that waits for it
     "kernels",  # compiling what a CPU computes with, beside loading
     "commit",  # making tokens known
@@ -172,6 +173,7 @@ class Profile:
         idle_s = sorted(self.wake_s)
         return Pace(
             slowdown=self.slowdown,
+            turn_s=self.overhead("turn"),
             hop_s=self.overhead("hop"),
             wake_s=partial(_between, (0.0, *idle_s), (0.0, *(self.wake_s[at] for at in idle_s))),
             dispatch_s=self.overhead("dispatch"),

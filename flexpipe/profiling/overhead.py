@@ -87,13 +87,16 @@ def op_times(device: str, directory: Path, num_steps: int) -> dict[str, float]:
         "embed": one.median_s(one.is_embed),
         "embed_many": many.median_s(many.is_embed),
         "other": one.median_s(one.is_other),
-        "hop": moving.hop_s(),
+        "turn": one.turn_s(),
+        "turn_beside": one.dispatching,
+        "hop": paging.hop_s(),
+        "hop_beside": paging.dispatching,
         "commit": one.commit_s(),
         "commit_many": many.commit_s(),
         "dispatch": one.dispatch_s,
         "calls": busy.mean_s(busy.is_layer) / still.mean_s(still.is_layer),
         "beside": busy.beside_layers(),
-        "ops": busy.ops_per_second(),
+        "busy_dispatching": busy.dispatching,
         "move": moving.median_s(_is_move),
         "move_many": moving_many.median_s(_is_move),
         "disk_cache": paging.median_s(_is_write),
@@ -110,6 +113,8 @@ def overheads(tries: Sequence[Mapping[str, float]]) -> dict[str, float]:
     move_s, copy_s = _split(mean["move"], mean["move_many"])
     disk_cache_s, disk_cache_row_s = _split(mean["disk_cache"], mean["disk_cache_many"])
     mixed_s = max(0.0, mean["layer_mixed"] - mean["layer_many"])
+    longer = calls_beside_calls(tries) - 1  # the dispatcher was at work beside
+    turn_s, hop_s = (mean[name] / (1 + longer * mean[f"{name}_beside"]) for name in ("turn", "hop"))
     return {
         "layer": mean["layer"],
         "group": mixed_s / (MANY_ROWS - 1),
@@ -121,7 +126,8 @@ def overheads(tries: Sequence[Mapping[str, float]]) -> dict[str, float]:
         "disk_cache": disk_cache_s,
         "disk_cache_row": disk_cache_row_s,
         "dispatch": mean["dispatch"],
-        "hop": mean["hop"],
+        "turn": turn_s,
+        "hop": hop_s,
         "commit": max(0.0, commit_s - mean["hop"] - embed_s),
         "commit_row": max(0.0, row_s - embed_row_s),
     }
@@ -132,7 +138,7 @@ def calls_beside_calls(tries: Sequence[Mapping[str, float]]) -> float:
 
     Computing a layer is nothing but calls here, and so is what lanes do beside it, and what the
     dispatcher does for every op, so much of the time."""
-    beside = [one["beside"] + one["ops"] * one["dispatch"] for one in tries]
+    beside = [one["beside"] + one["busy_dispatching"] for one in tries]
     factors = [
         1 + (one["calls"] - 1) / at_once
         for one, at_once in zip(tries, beside, strict=True)
@@ -261,10 +267,12 @@ class _Run:
             if span.op.step and wanted(span)
         )
 
-    def ops_per_second(self) -> float:
-        """Prefill left out."""
+    @property
+    def dispatching(self) -> float:
+        """Share of the time in which the dispatcher computed, prefill left out."""
         spans = [span for span in self.spans.values() if span.op.step]
-        return len(spans) / (max(s.end_s for s in spans) - min(s.start_s for s in spans))
+        seconds = max(s.end_s for s in spans) - min(s.start_s for s in spans)
+        return len(spans) * self.dispatch_s / seconds
 
     def is_layer(self, span: Span) -> bool:
         decoder = self.plan.layers[span.op.layer].kind == LayerKind.DECODER
@@ -292,22 +300,27 @@ class _Run:
         )
         return both_s / float((ends - starts).sum())
 
+    def turn_s(self) -> float:
+        """From an op's end to the start of the next one on its lane, which was ready by then."""
+        return statistics.fmean(gap_s for is_turn, gap_s in self._gaps() if is_turn)
+
     def hop_s(self) -> float:
         """From an op's end to the start of one that waited for it, and for nothing else, on
         another lane."""
-        return statistics.median(self._hops())
+        return statistics.fmean(gap_s for is_turn, gap_s in self._gaps() if not is_turn)
 
-    def _hops(self) -> Iterator[float]:
+    def _gaps(self) -> Iterator[tuple[bool, float]]:
+        """Whether it was a turn or a hop, and its seconds; what waits for a step is neither."""
         free_at: dict[object, float] = {}
         for span in sorted(self.spans.values(), key=lambda span: span.start_s):
             before = [self.spans[wait.op] for wait in span.op.waits_for if wait.op in self.spans]
             last = max(before, key=lambda one: one.end_s, default=None)
             idle_from = free_at.get(span.op.lane, 0.0)
             free_at[span.op.lane] = span.end_s
-            if last is None or last.op.lane == span.op.lane or last.op.kind == Kind.COMMIT:
+            if last is None or last.op.kind == Kind.COMMIT:
                 continue
-            if last.end_s > idle_from:
-                yield span.start_s - last.end_s
+            ready_s = max(last.end_s, idle_from)
+            yield ready_s == idle_from, span.start_s - ready_s
 
     def commit_s(self) -> float:
         """From the start of COMMIT to that of the next step's first layer."""

@@ -82,12 +82,14 @@ class Pace:
     """How the lanes of a machine get along.
 
     One that does `slowdown`'s first activity takes so many times as long beside one that does the
-    second. `hop_s` passes between an op's end and the start of one on another, idle lane that
-    waited for it, and `wake_s` of its idle seconds more where that lane computes. For every op the
-    dispatcher holds the interpreter for `dispatch_s`, beside the lanes.
+    second. `turn_s` passes between two ops of a lane, `hop_s` between an op's end and the start of
+    one on another, idle lane that waited for it: calls, which others slow down. `wake_s` of its
+    idle seconds comes on top where that lane computes. For every op the dispatcher holds the
+    interpreter for `dispatch_s`, beside the lanes.
     """
 
     slowdown: Pairs = field(default_factory=dict)
+    turn_s: float = 0.0
     hop_s: float = 0.0
     wake_s: Callable[[float], float] = _at_once
     dispatch_s: float = 0.0
@@ -144,8 +146,17 @@ class _Running:
     left_s: float
     start_s: float
     manner: int  # its number
+    held: float  # as that has it
     speed: float = 1.0
     is_due: bool = False
+
+    @property
+    def calling(self) -> float:
+        """Share of its time in which it holds the interpreter; all of it while it comes to begin,
+        but not while it waits for another rank."""
+        if self.hop_s <= 0:
+            return self.held
+        return 0.0 if self.hop_s == _NEVER else 1.0
 
 
 @dataclass(slots=True)
@@ -227,6 +238,7 @@ class _Rank:
         self._ops = part.ops
         self._cost_of = part.cost_of
         self._slowdown = part.pace.slowdown
+        self._most_wait = self._slowdown.get(CALLS, 1.0) - 1
         self._pace = part.pace
         self._idle_since = dict.fromkeys(COMPUTING, 0.0)
         self._on_commit = on_commit
@@ -298,19 +310,28 @@ class _Rank:
             heappush(self._ready[op.lane], (op.id, op, self.now_s))
 
     def _start_idle(self) -> None:
-        for lane, ready in self._ready.items():
-            if ready and lane not in self._running:
-                _, op, since_s = heappop(ready)
-                cost = self._cost_of(op)
-                hop_s = max(0.0, since_s + self._pace.hop_s - self.now_s) + self._queue_s(cost)
-                if lane in self._idle_since:
-                    hop_s += self._pace.wake_s(self.now_s - self._idle_since[lane])
-                start_s = self.now_s + hop_s
-                dispatched = self._pace.dispatch_s / cost.seconds if cost.seconds else 0.0
-                held = min(1.0, cost.calls + dispatched)
-                manner = Manner(cost.activity, cost.link, cost.duty, cost.calls, held)
-                number = self._manners.setdefault(manner, len(self._manners))
-                self._running[lane] = _Running(op, cost, hop_s, cost.seconds, start_s, number)
+        """Lanes that begin at once all call, beside those at work."""
+        idle = [lane for lane, ready in self._ready.items() if ready and lane not in self._running]
+        if not idle:
+            return
+        calling = sum(one.calling for one in self._running.values()) + len(idle) - 1
+        longer = 1 + self._most_wait * calling
+        for lane in idle:
+            self._running[lane] = self._start(lane, longer)
+
+    def _start(self, lane: Lane, longer: float) -> _Running:
+        """The first op that is ready, where calls take so much `longer`."""
+        _, op, since_s = heappop(self._ready[lane])
+        cost, pace = self._cost_of(op), self._pace
+        hop_s = max(pace.turn_s * longer, since_s + pace.hop_s * longer - self.now_s)
+        hop_s += self._queue_s(cost)
+        if lane in self._idle_since:
+            hop_s += pace.wake_s(self.now_s - self._idle_since[lane])
+        dispatched = pace.dispatch_s / cost.seconds if cost.seconds else 0.0
+        held = min(1.0, cost.calls + dispatched)
+        manner = Manner(cost.activity, cost.link, cost.duty, cost.calls, held)
+        number = self._manners.setdefault(manner, len(self._manners))
+        return _Running(op, cost, hop_s, cost.seconds, self.now_s + hop_s, number, held)
 
     def _queue_s(self, cost: Cost) -> float:
         """What the op waits for in the queue of its device, which is half of what another one has
@@ -345,7 +366,7 @@ class _Rank:
     def _speeds_of(self, key: tuple[int, ...]) -> tuple[float, ...]:
         manners = list(self._manners)
         beside = [manners[number] for number in key]
-        waits = _interpreter_waits(beside, self._slowdown.get(CALLS, 1.0) - 1)
+        waits = _interpreter_waits(beside, self._most_wait)
         return tuple(self._speed(beside, index, wait) for index, wait in enumerate(waits))
 
     def _meet(self) -> None:

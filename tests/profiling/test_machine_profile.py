@@ -34,7 +34,7 @@ from flexpipe.profiling.cache import (
 )
 from flexpipe.profiling.effort import FULL, QUICK, Effort
 from flexpipe.profiling.machine import machine_id, measure_profile, with_dtypes
-from flexpipe.profiling.overhead import calls_beside_calls
+from flexpipe.profiling.overhead import calls_beside_calls, op_times, overheads
 from flexpipe.profiling.products import ProductTasks
 from flexpipe.profiling.slowdown import slowdowns
 from flexpipe.profiling.stopwatch import Rated, Stopwatch, Task, TaskSource, rate_all
@@ -160,15 +160,26 @@ def test_slowdowns_are_of_both_ways_and_never_below_one() -> None:
 
 
 def test_calls_are_slowed_by_what_of_the_time_others_call() -> None:
-    def told(calls: float, beside: float, ops: float = 0.0) -> dict[str, float]:
-        return {"calls": calls, "beside": beside, "ops": ops, "dispatch": 1e-4}
+    def told(calls: float, beside: float, dispatching: float = 0.0) -> dict[str, float]:
+        return {"calls": calls, "beside": beside, "busy_dispatching": dispatching}
 
     tries = [told(3.0, 0.5), told(2.0, 0.25)]
     assert calls_beside_calls(tries) == 5.0
     assert calls_beside_calls([*tries, told(1.2, 0.1)]) == pytest.approx((5 + 5 + 3) / 3)
-    assert calls_beside_calls([told(3.0, 0.25, 2500)]) == 5.0  # the dispatcher is one of them
+    assert calls_beside_calls([told(3.0, 0.25, 0.25)]) == 5.0  # the dispatcher is one of them
     assert calls_beside_calls([told(0.9, 0.3)]) == 1.0
     assert calls_beside_calls([told(1.5, 0.0)]) == 1.0  # nothing to tell it by
+
+
+def test_turns_and_hops_are_those_beside_no_dispatcher(tmp_path: Path) -> None:
+    found = op_times("cpu", tmp_path, num_steps=12)
+    made = overheads([{**found, "turn_beside": 0.0, "hop_beside": 0.0}])
+    assert (made["turn"], made["hop"]) == (found["turn"], found["hop"])
+    assert 0 < found["turn"] < 0.01 and 0 < found["hop"] < 0.05
+    busy = {"calls": 3.0, "beside": 0.5, "busy_dispatching": 0.0}  # calls take five times as long
+    made = overheads([{**found, **busy, "turn_beside": 0.25, "hop_beside": 0.5}])
+    assert made["turn"] == pytest.approx(found["turn"] / 2)
+    assert made["hop"] == pytest.approx(found["hop"] / 3)
 
 
 def test_a_rate_is_that_of_all_rounds_together() -> None:

@@ -336,6 +336,34 @@ def test_a_hop_is_hidden_while_the_lane_is_busy():
     assert (spans[1], spans[2]) == ((0.25, 3.25), (3.25, 4.25))
 
 
+def test_a_turn_passes_between_two_ops_of_a_lane():
+    _, spans = play_ops(
+        [
+            (op(0, Kind.LOAD_WEIGHT), Cost(1.0)),
+            (op(1, Kind.COMPUTE, 0), Cost(1.0)),
+            (op(2, Kind.COMPUTE, 1), Cost(1.0)),
+            (op(3, Kind.COMPUTE), Cost(1.0)),
+        ],
+        Pace(hop_s=0.25, turn_s=0.125),
+    )
+    assert [spans[i] for i in (3, 1, 2)] == [(0.25, 1.25), (1.5, 2.5), (2.625, 3.625)]
+
+
+def test_turns_and_hops_take_longer_beside_calls_and_where_several_lanes_begin_at_once():
+    pace = Pace(hop_s=0.25, turn_s=0.125, slowdown={("calls", "calls"): 5.0})
+    one = op(0, Kind.LOAD_WEIGHT), Cost(3.0)
+    two, three = ((op(i, Kind.COMPUTE, i - 1), Cost(1.0)) for i in (1, 2))
+    _, spans = play_ops([one, two, three], pace)
+    assert (spans[1], spans[2]) == ((3.5, 4.5), (4.625, 5.625))
+    beside = op(3, Kind.STORE_CACHE), Cost(99.0, "copy", calls=0.5)
+    _, spans = play_ops([one, two, three, beside], pace)
+    begun = 0.25 * (1 + 4 * 1)  # the other lane begins as well
+    there = begun + 3.0 + 0.25 * (1 + 4 * 0.5)  # beside calls half of the time
+    assert spans[0] == (begun, begun + 3.0)
+    assert spans[1] == (pytest.approx(there), pytest.approx(there + 1.0))
+    assert spans[2][0] == pytest.approx(there + 1.0 + 0.125 * (1 + 4 * 0.5))
+
+
 def test_a_lane_that_computes_wakes_the_later_the_longer_nothing_came_to_it():
     _, spans = play_ops(
         [
