@@ -114,7 +114,9 @@ def overheads(tries: Sequence[Mapping[str, float]]) -> dict[str, float]:
     disk_cache_s, disk_cache_row_s = _split(mean["disk_cache"], mean["disk_cache_many"])
     mixed_s = max(0.0, mean["layer_mixed"] - mean["layer_many"])
     longer = calls_beside_calls(tries) - 1  # the dispatcher was at work beside
-    turn_s, hop_s = (mean[name] / (1 + longer * mean[f"{name}_beside"]) for name in ("turn", "hop"))
+    turn_s, hop_s = (
+        max(0.0, mean[name]) / (1 + longer * mean[f"{name}_beside"]) for name in ("turn", "hop")
+    )
     return {
         "layer": mean["layer"],
         "group": mixed_s / (MANY_ROWS - 1),
