@@ -145,17 +145,17 @@ def _figures(report: Report) -> dict[str, Any]:
     }
 
 
-def write_profile(folder: Path, offload_dir: Path, rounds: int | None, cores: float) -> None:
+def write_profile(folder: Path, rounds: int | None, cores: float) -> None:
     """The machine's, as `flexpipe profile --rounds` measures it."""
-    measure = partial(measure_profile, "cpu", offload_dir, quick=False, rounds=rounds)
-    taken = quietly(measure, cores=cores)
+    how = [] if rounds is None else ["--profile-rounds", str(rounds)]
+    taken = quietly(partial(_apart, folder, "--profile", *how), cores=cores)
     _write(folder / "pace.json", {"others_cores": taken.others, **pace()})
-    (folder / PROFILE).write_text(render_profile(taken.value), encoding="utf-8")
+    (folder / PROFILE).write_text(taken.value["profile"], encoding="utf-8")
 
 
 def write_predictions(folder: Path) -> None:
     """All of a round, safe on the disk before anything of it runs."""
-    rows = {case.name: _apart("--predict", case, folder) for case in CASES}
+    rows = {case.name: _apart(folder, "--predict", case.name) for case in CASES}
     _write(folder / PREDICTIONS, {"made_at": time.time(), "machine": machine(), "rows": rows})
 
 
@@ -178,16 +178,16 @@ def run_jobs(folder: Path, cases: Sequence[Case], cores: float, *, first: bool) 
         print(f"{time.strftime('%H:%M:%S')} {folder.name} {case.name}", file=sys.stderr)
         started_at = time.time()
         if first and case.compresses:
-            _apart("--run", case, folder)
-        taken = quietly(partial(_apart, "--run", case, folder), cores=cores)
+            _apart(folder, "--run", case.name)
+        taken = quietly(partial(_apart, folder, "--run", case.name), cores=cores)
         path.parent.mkdir(exist_ok=True)
         kept = {"started_at": started_at, "machine": machine(), "others_cores": taken.others}
         _write(path, {**kept, "run": taken.value})
 
 
-def _apart(what: str, case: Case, folder: Path) -> dict[str, Any]:
+def _apart(folder: Path, *what: str) -> dict[str, Any]:
     """In a process of its own, so that nothing is left in memory from another."""
-    command = [sys.executable, "-m", "benchmarks.prediction", str(folder), what, case.name]
+    command = [sys.executable, "-m", "benchmarks.prediction", str(folder), *what]
     ran = subprocess.run(command, cwd=REPO, check=True, stdout=subprocess.PIPE, text=True)
     return dict(json.loads(ran.stdout.splitlines()[-1]))
 
@@ -339,22 +339,29 @@ def main() -> int:
         help="cores that others may keep busy",
     )
     parser.add_argument("--json", type=Path, help="write the raw figures here")
-    parser.add_argument("--predict", help=argparse.SUPPRESS)  # one job of a round, in this process
-    parser.add_argument("--run", help=argparse.SUPPRESS)  # likewise
+    # what a round has done in processes of their own
+    parser.add_argument("--profile", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--predict", help=argparse.SUPPRESS)
+    parser.add_argument("--run", help=argparse.SUPPRESS)
     args = parser.parse_args()
     directory: Path = args.directory.absolute()
+    if args.profile:
+        offload_dir = directory.parent / "offload"
+        made = measure_profile("cpu", offload_dir, quick=False, rounds=args.profile_rounds)
+        print(json.dumps({"profile": render_profile(made)}))
+        return 0
     if args.predict or args.run:
         os.environ[PROFILE_VARIABLE] = str(directory / PROFILE)  # also for what runs predict
         case = next(case for case in CASES if case.name == (args.predict or args.run))
-        made = predict_once(case, directory) if args.predict else run_once(case, directory.parent)
-        print(json.dumps(made))
+        told = predict_once(case, directory) if args.predict else run_once(case, directory.parent)
+        print(json.dumps(told))
         return 0
     cases = [case for case in CASES if args.final or case.name not in HELD_OUT]
     folders = [directory / f"round-{index + 1}" for index in range(args.rounds)]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / PROFILE).exists():
-            write_profile(folder, directory / "offload", args.profile_rounds, args.others)
+            write_profile(folder, args.profile_rounds, args.others)
         if args.predict_again or not (folder / PREDICTIONS).exists():
             write_predictions(folder)
         run_jobs(folder, cases, args.others, first=folder is folders[0])
