@@ -198,8 +198,8 @@ class CostModel:
         return overhead("move") + max(0, pieces - 1) * overhead("copy")
 
     def _disk(self, link: str, num_bytes: int, extents: int = 1, beside_s: float = 0.0) -> Cost:
-        """Pieces are in flight together: their latencies bound them, or their bytes. What passes
-        `beside_s` them is calls."""
+        """Pieces are in flight together: their latencies bound them, or their bytes. `beside_s`
+        pass in calls on top."""
         kind = link.removeprefix("disk_")
         latency = self.profile.overhead(kind)
         latency += max(0, extents - 1) * self.profile.overhead(f"{kind}_span")
