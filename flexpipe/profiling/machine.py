@@ -88,7 +88,8 @@ def measure_profile(
             host = None if device.torch_device == CPU else _host(dtypes, effort, progress)
             progress("how activities disturb each other")
             slowdown = _slowdowns(device, dtypes[-1], disk, effort)
-        tries.append(_op_times(device, offload.job, effort))
+        if not effort.quick:
+            tries.append(_op_times(device, offload.job, effort))
     pools = min(pools, _populating())  # what is at hand may have run out since
     overhead_s = {**overheads(tries), **latencies, "kernels": kernels_s, "first": first_s}
     calls = calls_beside_calls(tries)
