@@ -39,7 +39,7 @@ from flexpipe.profiling.machine import (
     worthwhile_dtypes,
 )
 
-METHOD = 6
+METHOD = 7
 
 log = logging.getLogger("flexpipe")
 

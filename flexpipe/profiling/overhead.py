@@ -62,7 +62,7 @@ _MOVES = (Kind.LOAD_CACHE, Kind.STORE_CACHE)
 
 
 def op_times(device: str, directory: Path, num_steps: int) -> dict[str, float]:
-    """Median seconds of the ops that tell overheads, of one try.
+    """Mean seconds of the ops that tell overheads, of one try, since a job's add up.
 
     `directory` takes the model's weights. On a CPU moves are those of the emulated accelerator.
     """
@@ -81,12 +81,12 @@ def op_times(device: str, directory: Path, num_steps: int) -> dict[str, float]:
     paging, paging_many = (run(device, Tier.DISK, rows, strategy="none") for rows in (1, MANY_ROWS))
     still, busy = (run(away, home, _BLOCK_ROWS, block=_BLOCK) for home in (Tier.GPU, Tier.DISK))
     return {
-        "layer": one.median_s(one.is_layer),
-        "layer_many": many.median_s(many.is_layer),
-        "layer_mixed": mixed.median_s(mixed.is_layer),
-        "embed": one.median_s(one.is_embed),
-        "embed_many": many.median_s(many.is_embed),
-        "other": one.median_s(one.is_other),
+        "layer": one.mean_s(one.is_layer),
+        "layer_many": many.mean_s(many.is_layer),
+        "layer_mixed": mixed.mean_s(mixed.is_layer),
+        "embed": one.mean_s(one.is_embed),
+        "embed_many": many.mean_s(many.is_embed),
+        "other": one.mean_s(one.is_other),
         "turn": one.turn_s(),
         "turn_beside": one.dispatching,
         "hop": paging.hop_s(),
@@ -97,10 +97,10 @@ def op_times(device: str, directory: Path, num_steps: int) -> dict[str, float]:
         "calls": busy.mean_s(busy.is_layer) / still.mean_s(still.is_layer),
         "beside": busy.beside_layers(),
         "busy_dispatching": busy.dispatching,
-        "move": moving.median_s(_is_move),
-        "move_many": moving_many.median_s(_is_move),
-        "disk_cache": paging.median_s(_is_write),
-        "disk_cache_many": paging_many.median_s(_is_write),
+        "move": moving.mean_s(_is_move),
+        "move_many": moving_many.mean_s(_is_move),
+        "disk_cache": paging.mean_s(_is_write),
+        "disk_cache_many": paging_many.mean_s(_is_write),
     }
 
 
@@ -253,16 +253,8 @@ class _Run:
         spans = {span.op.id: span for span in recorder.spans}
         return cls(plan, spans, dispatch_s / len(spans))
 
-    def median_s(self, wanted: Callable[[Span], bool]) -> float:
-        """Of an op's time, prefill left out."""
-        return statistics.median(
-            span.end_s - span.start_s
-            for span in self.spans.values()
-            if span.op.step and wanted(span)
-        )
-
     def mean_s(self, wanted: Callable[[Span], bool]) -> float:
-        """The same, of those that something held up too."""
+        """Of an op's time, prefill left out; also of those that something held up."""
         return statistics.fmean(
             span.end_s - span.start_s
             for span in self.spans.values()

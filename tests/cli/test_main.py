@@ -49,6 +49,31 @@ def test_help_imports_neither_torch_nor_transformers(command: list[str], tmp_pat
     assert done.stdout.startswith("Usage: flexpipe")
 
 
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, "5000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "active"}, "None"),
+    ],
+)
+def test_threads_of_a_team_sleep_soon_unless_the_user_says_otherwise(
+    given: dict[str, str], found: str
+) -> None:
+    others = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    }
+    code = (
+        "import os, sys, flexpipe; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=others | given, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.split() == [found, "False"]  # torch comes later
+
+
 def test_module_and_version() -> None:
     command = [sys.executable, "-m", "flexpipe", "--version"]
     done = subprocess.run(command, capture_output=True, text=True)
