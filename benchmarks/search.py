@@ -7,7 +7,8 @@ predicted, then measured once, each by `flexpipe bench` in a process of its own.
 the searched plan then run again, interleaved, and the medians decide.
 
 The machine is profiled first; predictions are written before the runs they are about. What is
-finished stays in the directory given, so the same command goes on where it ended.
+finished stays in the directory given, so the same command goes on where it ended. With --finals-of
+the sweep is that of an earlier run's figures, and only the final is run.
 
     OMP_NUM_THREADS=2 PYTHONPATH=. taskset -c 0,1 python benchmarks/search.py DIR [--json FILE]
 """
@@ -88,14 +89,15 @@ class Measured:
         return medians[self.searched.point.key] / max(medians.values())
 
     @property
-    def rank_correlation(self) -> float:
-        """Spearman's, of predicted and measured throughput over all policies that ran."""
+    def rank_correlation(self) -> float | None:
+        """Spearman's, of predicted and measured throughput over all policies that ran in a sweep
+        of this run."""
         pairs = [
             (row.predicted_tokens_per_s, row.measured_tokens_per_s)
             for row in self.rows
             if row.measured is not None and row.predicted is not None
         ]
-        return float(spearmanr(*zip(*pairs, strict=True)).statistic)
+        return float(spearmanr(*zip(*pairs, strict=True)).statistic) if pairs else None
 
     def row(self, key: str) -> Row:
         return next(row for row in self.rows if row.point.key == key)
@@ -111,10 +113,19 @@ class Measured:
 # -- measuring -------------------------------------------------------------------------------------
 
 
-def measure(directory: Path, workload: Searched, turns: Turns, timeout_s: float) -> Measured:
-    """The sweep, then the rounds of the final."""
+def measure(
+    directory: Path,
+    workload: Searched,
+    turns: Turns,
+    timeout_s: float,
+    swept: Sequence[float | None] | None = None,
+) -> Measured:
+    """The sweep, then the rounds of the final; or the final of a sweep whose policies generated so
+    many tokens/s."""
     spec = job_spec(directory, workload)
     points = make_points(workload.settings(), spec, workload.load)
+    if swept is not None:
+        points = _best(points, swept)
     command = BenchCommand(spec=spec, timeout_s=timeout_s)
 
     def alone(point: Point) -> Ended:
@@ -126,24 +137,24 @@ def measure(directory: Path, workload: Searched, turns: Turns, timeout_s: float)
     with Ledger(folder / "sweep.jsonl") as ledger:
         with turns:
             _warm(folder, workload, command, points[0])
-            run_sweep(points, ledger, forecast=forecaster(spec), measure=None)
-        rows = run_sweep(points, ledger, forecast=None, measure=alone)
-    finalists = _finalists(rows)
+            rows = run_sweep(points, ledger, forecast=forecaster(spec), measure=None)
+        if swept is None:
+            rows = run_sweep(points, ledger, forecast=None, measure=alone)
+            points = _best(points, [row.measured_tokens_per_s for row in rows])
     rounds = []
     for index in range(ROUNDS):
         with Ledger(folder / f"round-{index + 1}.jsonl") as ledger:
-            turned = [*finalists[index:], *finalists[:index]]  # nobody always follows the same
+            turned = [*points[index:], *points[:index]]  # nobody always follows the same
             rounds.append(run_sweep(turned, ledger, forecast=None, measure=alone))
     return Measured(workload=workload, rows=rows, rounds=rounds)
 
 
-def _finalists(rows: Sequence[Row]) -> list[Point]:
-    """The searched plan and the best others."""
-    ran = [row for row in rows if row.measured is not None]
-    ran.sort(key=lambda row: -(row.measured_tokens_per_s or 0.0))
-    searched = next(row for row in rows if row.point.settings == SEARCHED)
-    best = [row for row in ran if row is not searched][:FINALISTS]
-    return [row.point for row in (searched, *best)]
+def _best(points: Sequence[Point], rates: Sequence[float | None]) -> list[Point]:
+    """The searched plan, which is the first point, and the best of those others that ran."""
+    searched, *others = zip(points, rates, strict=True)
+    ran = [(point, rate) for point, rate in others if rate is not None]
+    ran.sort(key=lambda one: -one[1])
+    return [searched[0], *(point for point, _ in ran[:FINALISTS])]
 
 
 def _warm(folder: Path, workload: Searched, command: BenchCommand, point: Point) -> None:
@@ -187,6 +198,15 @@ def take_profile(directory: Path, turns: Turns) -> None:
     os.environ[PROFILE_VARIABLE] = str(path)
 
 
+def _swept(path: Path) -> dict[str, list[float | None]]:
+    """By workload: what its policies, in the order in which they are drawn, generated per second."""
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        one["workload"]: [row["measured_tokens_per_s"] for row in one["rows"]]
+        for one in facts["workloads"]
+    }
+
+
 class Turns:
     """A file's lock, held while policies run, so that no other measurement that respects it does.
 
@@ -219,6 +239,14 @@ def tables(all_measured: Sequence[Measured]) -> str:
     parts = [_summary(all_measured)]
     for one in all_measured:
         parts += [f"### {one.workload.name}", one.workload.told, _final(one), _naive(one)]
+    return "\n\n".join(parts)
+
+
+def finals(all_measured: Sequence[Measured]) -> str:
+    parts = []
+    for one in all_measured:
+        reached = f"searched / best: {one.reached:.3f}"
+        parts += [f"### {one.workload.name}", one.workload.told, _final(one), reached]
     return "\n\n".join(parts)
 
 
@@ -309,6 +337,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path, help="keeps profile, models and what was measured")
     parser.add_argument("--only", help="one workload")
+    parser.add_argument("--finals-of", type=Path, help="what --json wrote of an earlier sweep")
     parser.add_argument("--lock", type=Path, help="a file that flock holds while a policy runs")
     parser.add_argument("--timeout", type=float, default=16.0, help="seconds, of one run")
     parser.add_argument("--json", type=Path, help="write the figures here")
@@ -317,9 +346,12 @@ def main() -> int:
     turns = Turns(args.lock)
     take_profile(args.directory, turns)
     chosen = [one for one in WORKLOADS if args.only in (None, one.name)]
-    done = [measure(args.directory, one, turns, args.timeout) for one in chosen]
+    swept = {} if args.finals_of is None else _swept(args.finals_of)
+    done = [
+        measure(args.directory, one, turns, args.timeout, swept.get(one.name)) for one in chosen
+    ]
     turns.end()
-    print(tables(done))
+    print(finals(done) if swept else tables(done))
     if args.json is not None:
         facts = {"machine": machine(), "workloads": [to_dict(one) for one in done]}
         args.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

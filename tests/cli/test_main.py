@@ -52,7 +52,7 @@ def test_help_imports_neither_torch_nor_transformers(command: list[str], tmp_pat
 @pytest.mark.parametrize(
     ("given", "found"),
     [
-        ({}, "5000"),
+        ({}, "20000"),
         ({"GOMP_SPINCOUNT": "7"}, "7"),
         ({"OMP_WAIT_POLICY": "active"}, "None"),
     ],
