@@ -199,7 +199,7 @@ def take_profile(directory: Path, turns: Turns) -> None:
 
 
 def _swept(path: Path) -> dict[str, list[float | None]]:
-    """By workload: what its policies, in the order in which they are drawn, generated per second."""
+    """By workload: tokens/s of its policies, in the order in which they are drawn."""
     facts = json.loads(path.read_text(encoding="utf-8"))
     return {
         one["workload"]: [row["measured_tokens_per_s"] for row in one["rows"]]
