@@ -30,7 +30,7 @@ def follow_job(spec: JobSpec, gang: Gang, probes: Probes | None = None) -> None:
         if orders is None:
             return
         model = replace(model, compute_dtype=orders.compute_dtype)
-        planner = model.planners(offload, orders.needs)
+        planner = model.planners(offload, orders.needs, never_stops=spec.ignore_eos)
         stage = gang.ranks.stage
         plan = planner(orders.pipeline, stage, crew.here.budgets)(orders.policies[stage])
         check_fits(plan, "Its memory was taken by another program meanwhile.")

@@ -109,7 +109,9 @@ class Model:
         config = shard_config(self.config, shard)
         return replace(self, config=config, stored=shard_tensors(config, self.stored))
 
-    def planners(self, offload: OffloadDirectory, needs: Sequence[Need]) -> MakePlanner:
+    def planners(
+        self, offload: OffloadDirectory, needs: Sequence[Need], *, never_stops: bool
+    ) -> MakePlanner:
         """What makes the plans of any stage for requests with these needs."""
         forms = FormCache(offload.cache / FOLDER, self.stored, lambda: self.identity)
 
@@ -124,6 +126,7 @@ class Model:
                 form_of=forms.locate,
                 pipeline=pipeline,
                 rank=stage,
+                never_stops=never_stops,
             )
 
         return planner
@@ -176,8 +179,8 @@ def plan_job(
 
     def shared(served: Sequence[Entry]) -> Shared:
         needs = [entry.need for entry in served]
-        layers, planners = model.config.num_layers, model.planners(offload, needs)
-        return Shared(num_layers=layers, needs=needs, make_planner=planners)
+        planners = model.planners(offload, needs, never_stops=spec.ignore_eos)
+        return Shared(num_layers=model.config.num_layers, needs=needs, make_planner=planners)
 
     def fits_without_rates(served: Sequence[Entry]) -> bool:
         return _fit(pipeline_by_rule(shared(served), sites, arrangement))

@@ -36,9 +36,11 @@ class Planner:
         form_of: FormOf | None = None,
         pipeline: Pipeline | None = None,
         rank: int = 0,
+        never_stops: bool = False,
     ) -> None:
         """`form_of` tells where weights in another form lie, for policies that ask for them. Plans
-        are those of stage `rank` of `pipeline`; without one they are of the whole model."""
+        are those of stage `rank` of `pipeline`; without one they are of the whole model. A row that
+        `never_stops` generates all it may."""
         self._config = config
         self._pipeline = pipeline or Pipeline.whole(config.num_layers)
         self._rank = rank
@@ -48,6 +50,7 @@ class Planner:
         self._device_tier = device_tier
         self._compute_dtype = compute_dtype
         self._form_of = form_of
+        self._never_stops = never_stops
         self._placements: dict[object, Placement] = {}
         self._layers: dict[object, tuple[tuple[LayerPlan, ...], LayerBytes]] = {}
         self._blocks: dict[object, tuple[MicroBatchPlan, ...]] = {}
@@ -82,11 +85,15 @@ class Planner:
         )
 
     def _num_row_counts(self, micro_batches: Sequence[MicroBatchPlan]) -> int:
-        """Rows leave one by one, and whoever takes a place brings a prompt as long as no other."""
+        """Rows leave one by one, or those together that never stop and may generate as much;
+        whoever takes a place brings a prompt as long as no other."""
         num_places = [mb.num_places for mb in micro_batches]
         if self._queue.is_even:
             return 0
-        return max(num_places) + max(0, len(self._queue.needs) - sum(num_places))
+        leaving = max(num_places)
+        if self._never_stops:
+            leaving = min(leaving, len({need.output for need in self._queue.needs}))
+        return leaving + max(0, len(self._queue.needs) - sum(num_places))
 
     def _placement(self, policy: Policy) -> Placement:
         key = _weight_knobs(policy)

@@ -124,8 +124,8 @@ def test_a_cpu_keeps_kernels_for_the_numbers_of_rows_that_unlike_requests_bring(
 ):
     monkeypatch.setattr("flexpipe.plan.stage.ONEDNN_ELEMENTS", 1)
 
-    def process_bytes(needs: list[Need]) -> int:
-        plan = tiny_plan(tier=tier, needs=needs, micro_batch_size=4)
+    def process_bytes(needs: list[Need], *, never_stops: bool = False) -> int:
+        plan = tiny_plan(tier=tier, needs=needs, micro_batch_size=4, never_stops=never_stops)
         pools = sum(pool.num_bytes for pool in plan.pools if pool.tier == Tier.CPU)
         own = plan.transient_bytes if tier == Tier.CPU else 0
         return plan.tier_bytes(Tier.CPU) - pools - own
@@ -134,6 +134,9 @@ def test_a_cpu_keeps_kernels_for_the_numbers_of_rows_that_unlike_requests_bring(
     even = process_bytes(alike)
     few, many = (process_bytes([Need(9, 4), *alike[:count]]) for count in (7, 15))
     assert (even < few < many) if keeps else (even == few == many)
+    prompts = [Need(count, 4) for count in range(5, 9)]  # that begin and end together
+    stopping, full = (process_bytes(prompts, never_stops=flag) for flag in (False, True))
+    assert (even < full < stopping) if keeps else (full == stopping)
 
 
 def test_weights_that_stay_take_their_bytes_and_no_slots():

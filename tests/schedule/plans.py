@@ -156,6 +156,7 @@ def tiny_plan(
     dtype: str | None = None,
     pipeline: Pipeline | None = None,
     rank: int = 0,
+    never_stops: bool = False,
     **knobs: Any,
 ) -> Plan:
     """The plan for a policy, or for knobs of one, on a device beside `tier`."""
@@ -171,6 +172,7 @@ def tiny_plan(
         form_of=partial(FakeForm.of, config),
         pipeline=pipeline,
         rank=rank,
+        never_stops=never_stops,
     )
     return planner(given)
 
