@@ -14,7 +14,7 @@ __all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__vers
 # How long threads of a team spin before they sleep, in turns of some 0.1 us; OpenMP reads it when
 # torch is first imported. One that is woken may find itself on the core where the one that woke it
 # spins, and waits for it: with GCC's 300,000 turns a small product after 20 idle milliseconds took
-# 11 ms, with these 1. They still bridge what a lane may wait for the interpreter within a layer.
+# 11 ms, with these 1.3. They still bridge what a lane may wait for the interpreter within a layer.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 

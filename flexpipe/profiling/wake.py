@@ -1,7 +1,7 @@
 """How long a lane that computes takes to wake: the longer nothing came to it, the longer.
 
-Its thread sleeps at once, its team of intra-op threads after a while, and a core with nothing to do
-sleeps deeper and deeper; a virtual machine gives it away. The hop between two lanes at work
+Its thread sleeps at once, its team of intra-op threads after a while, and one of these that is
+woken may have to wait for the core of the one that woke it. The hop between two lanes at work
 (`flexpipe.profiling.overhead`) is not counted again.
 """
 
