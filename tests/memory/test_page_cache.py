@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -99,5 +100,6 @@ def test_a_run_fed_from_a_cache_says_that_it_tells_nothing_of_the_disk(
         while file.read(64 * MIB):
             pass
     (note,) = run(tmp_path).notes
-    assert note.startswith("the device read 0% of the bytes asked of the disk")
+    # none at all, but for pages of libraries that this process brings back meanwhile
+    assert re.match(r"the device read \d% of the bytes asked of the disk", note)
     assert "says nothing about the disk" in note
