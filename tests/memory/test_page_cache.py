@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -96,10 +95,12 @@ def test_a_run_fed_from_a_cache_says_that_it_tells_nothing_of_the_disk(
     monkeypatch.setattr(disk, "_direct_works", lambda path, device, writing: False)
     monkeypatch.setattr(disk.DiskFile, "_used", lambda self, offset, num_bytes, dirty=False: None)
     run(tmp_path)
-    with checkpoint(tmp_path).open("rb", buffering=0) as file:
-        while file.read(64 * MIB):
-            pass
+    for _ in range(3):  # pages may go again where memory is short
+        with checkpoint(tmp_path).open("rb", buffering=0) as file:
+            while file.read(64 * MIB):
+                pass
+        if cached_share(checkpoint(tmp_path)) == 1:
+            break
     (note,) = run(tmp_path).notes
-    # none at all, but for pages of libraries that this process brings back meanwhile
-    assert re.match(r"the device read \d% of the bytes asked of the disk", note)
+    assert note.startswith("the device read 0% of the bytes asked of the disk")
     assert "says nothing about the disk" in note
